@@ -83,6 +83,10 @@ class UnknownNameError(EvalCacheError):
     """A run, key or checkpoint was named that does not exist here. Fields: ``found`` (the name given)."""
 
 
+class CommandError(EvalCacheError):
+    """The command of ``evalcache run`` cannot be started. Fields: ``path`` (the command), ``exit_code`` (127 or 126)."""
+
+
 class EvalCacheWarning(UserWarning):
     """Something went wrong that costs time but neither the run nor a right answer."""
 

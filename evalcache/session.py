@@ -1,0 +1,291 @@
+"""One process with evalcache in it: start watching, and say one line at the end.
+
+Nothing of a client is imported here. A hook waits for transformers' own modules and installs the integration when the script
+imports them, so a process that meets no model pays for an ``import os``, prints nothing and creates nothing. Whatever goes wrong
+in here is one warning line on stderr, and the script runs bare.
+
+How a process ended is read from ``sys.last_value`` (set by Python before any excepthook, which therefore is left alone) and from
+the code given to ``sys.exit``; a bare ``raise SystemExit`` leaves no trace and counts as ``ok`` with an unknown exit code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from evalcache.importhook import ImportHook
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from evalcache.cache import Cache
+
+TRIGGERS = ("transformers.generation.utils", "transformers.modeling_utils")
+"""The modules that a script has imported before it can hold a model. ``transformers`` itself comes without torch, and importing
+more of it than the script does would show (time, messages of its optional parts)."""
+
+_current: Session | None = None
+_bare_exit = sys.exit
+_exit_seen: tuple[int, int, Any] | None = None
+
+
+class Session:
+    """evalcache in this process, from `enable` to `disable` or the end of the process. Made by `enable`.
+
+    Usable as a context manager, which disables at the end of its block.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None, policy: str | None, match: str | None) -> None:
+        self.directory = directory
+        self.policy = policy
+        self.match = match
+        self._cache: Cache | None = None
+        self._failed = False
+        self._closed = False
+        self._installed = False
+        self._pid = os.getpid()
+        self._hook = ImportHook(TRIGGERS, self._install)
+
+    @property
+    def off(self) -> bool:
+        """Whether the policy is ``off``: nothing is installed, read or written."""
+        policy = self.policy if self.policy is not None else os.environ.get("EVALCACHE", "")
+        return str(getattr(policy, "value", policy)).strip().lower() == "off"
+
+    @property
+    def cache(self) -> Cache | None:
+        """This process's cache, opened when first asked for; None where the policy is off or the cache cannot be opened."""
+        if self._cache is None and not (self._failed or self._closed or self.off):
+            # Imported here: DuckDB and diskcache cost a process that meets no model a fifth of a second.
+            from evalcache.cache import Cache
+
+            try:
+                run = os.environ.get("EVALCACHE_RUN") or None
+                self._cache = Cache(self.directory, policy=self.policy, match=self.match, run=run)
+            except Exception as error:
+                self._failed = True
+                _warn(f"cannot open the cache ({_say(error)}); running without it")
+        return self._cache
+
+    def close(self, status: str = "ok", exit_code: int | None = None) -> None:
+        """Commit what is pending, end the run in the ledger and print the line. Never raises; the second call does nothing.
+
+        Args:
+            status: ``ok``, ``failed`` or ``interrupted``. exit_code: of the process, where it is known.
+        """
+        self._hook.remove()
+        # A forked child inherits its parent's session, and the run is not the child's to end.
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        if self._installed:
+            from evalcache.integrations.transformers import uninstall
+
+            uninstall()
+            self._installed = False
+        if self._cache is None:
+            return
+        try:
+            self._cache.close(status, exit_code)
+        except Exception as error:
+            _warn(f"could not end the run cleanly ({_say(error)}); what was computed is in the store")
+        try:
+            self._print_summary(self._cache)
+        except Exception as error:
+            _warn(f"could not sum up the run ({_say(error)})")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        status = "ok" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        _end(self, status, None)
+
+    def _install(self) -> None:
+        if self._closed or os.getpid() != self._pid or self.cache is None:
+            return
+        try:
+            from evalcache.integrations.transformers import install
+
+            install(self.cache)
+            self._installed = True
+        except Exception as error:
+            _warn(f"cannot hold on to transformers ({_say(error)}); running without it")
+
+    def _print_summary(self, cache: Cache) -> None:
+        from evalcache.summary import calls_seen, format_summary
+
+        counts = cache.counts
+        if os.environ.get("EVALCACHE_QUIET", "0") not in ("", "0") or os.environ.get("RANK", "0") != "0":
+            return
+        if not calls_seen(counts):
+            return
+        why = _explain(cache) if counts.misses and not counts.hits else []
+        ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
+        print(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks), file=sys.stderr, flush=True)
+
+
+def enable(
+    directory: str | os.PathLike[str] | None = None, *, policy: str | None = None, match: str | None = None
+) -> Session:
+    """Serve every transformers model of this process from the cache, from here on. One line in a script, or a ``with`` block.
+
+    May stand before or after ``import transformers``. There is one session per process: a second call returns the first one's,
+    and may still choose its settings as long as no model has been met.
+
+    Args:
+        directory: cache folder; None means ``EVALCACHE_DIR`` or the user's cache folder.
+        policy: ``use``, ``refresh``, ``read_only``, ``replay`` or ``off``; None means ``EVALCACHE`` or ``use``.
+        match: ``portable`` or ``strict``; None means ``EVALCACHE_MATCH`` or ``portable``.
+
+    Raises:
+        EvalCacheError: the settings given here are not ones, or differ from those the cache has already been opened with.
+
+    >>> with enable(policy="off") as session:
+    ...     session.cache is None
+    True
+    """
+    global _current
+    session = _current
+    given = {name: value for name, value in (("directory", directory), ("policy", policy), ("match", match)) if value is not None}
+    _check(given)
+    if session is None:
+        session = Session(directory, policy, match)
+        _current = session
+        if not session.off:
+            _start(session)
+        return session
+    changed = {name: value for name, value in given.items() if value != getattr(session, name)}
+    if changed and session._cache is not None:
+        from evalcache.errors import EvalCacheError
+
+        names = ", ".join(changed)
+        raise EvalCacheError(
+            f"evalcache is already running with another {names}", hint="call evalcache.disable() first", found=changed
+        )
+    for name, value in changed.items():
+        setattr(session, name, value)
+    return session
+
+
+def disable() -> None:
+    """End this process's session: put everything back, end the run, print the line. Harmless where there is none."""
+    if _current is not None:
+        _end(_current, "ok", None)
+
+
+def current() -> Session | None:
+    """This process's session, if `enable` has been called."""
+    return _current
+
+
+def wrap(model: Any, cache: Cache | None = None) -> Any:
+    """Serve this one model from the cache, whatever the rest of the process does; returns the same object.
+
+    Args:
+        model: a transformers model that can ``generate``.
+        cache: where to look and store; None means this process's session, which is started without touching other models.
+    """
+    from evalcache.integrations.transformers import wrap as wrap_model
+
+    cache = cache if cache is not None else session_cache()
+    return model if cache is None else wrap_model(model, cache)
+
+
+def session_cache() -> Cache | None:
+    """The cache of this process's session, which is started (without a hook on other models) where there is none."""
+    global _current
+    if _current is None:
+        _current = Session(None, None, None)
+        if not _current.off:
+            _start(_current, watch=False)
+    return _current.cache
+
+
+def _start(session: Session, watch: bool = True) -> None:
+    sys.exit = _noting_exit
+    atexit.register(_at_exit, session)
+    if watch:
+        session._hook.install()
+
+
+def _end(session: Session, status: str, exit_code: int | None) -> None:
+    global _current
+    session.close(status, exit_code)
+    atexit.unregister(_at_exit)
+    if sys.exit is _noting_exit:
+        sys.exit = _bare_exit
+    if _current is session:
+        _current = None
+
+
+def _at_exit(session: Session) -> None:
+    session.close(*_how_it_ended(session))
+
+
+def _noting_exit(status: Any = None, /) -> None:
+    """`sys.exit`, which also notes the code for the ledger."""
+    import threading
+
+    global _exit_seen
+    session = _current
+    if session is not None and threading.current_thread() is threading.main_thread():
+        code = 0 if status is None else status if isinstance(status, int) else 1
+        _exit_seen = (int(code), _progress(session), _last_error())
+    _bare_exit(status)
+
+
+def _how_it_ended(session: Session) -> tuple[str, int | None]:
+    error = _last_error()
+    if _exit_seen is not None:
+        code, progress, error_then = _exit_seen
+        # Otherwise that SystemExit was caught: the script went on, asked for more, or failed later.
+        if progress == _progress(session) and error is error_then:
+            return ("ok" if code == 0 else "failed"), code
+        error = None if error is error_then else error
+    if error is not None and not hasattr(sys, "ps1"):  # at a prompt, the last error did not end anything
+        return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("failed", 1)
+    return "ok", None
+
+
+def _last_error() -> BaseException | None:
+    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+
+
+def _progress(session: Session) -> int:
+    if session._cache is None:
+        return 0
+    from evalcache.summary import calls_seen
+
+    return calls_seen(session._cache.counts)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Refuse wrong arguments where they were written, and not when the first model is met."""
+    choices = {"policy": ("use", "refresh", "read_only", "replay", "off"), "match": ("portable", "strict")}
+    for name, allowed in choices.items():
+        value = getattr(given.get(name), "value", given.get(name))
+        if value is not None and value not in allowed:
+            from evalcache.errors import EvalCacheError
+
+            raise EvalCacheError(f"unknown {name} {value!r}", hint=f"one of {', '.join(allowed)}", found=value)
+
+
+def _explain(cache: Cache) -> list[str]:
+    from evalcache.audit import explain_misses
+    from evalcache.ledger import Ledger
+
+    try:
+        return explain_misses(Ledger(cache.ledger_path), cache.run_id)
+    except Exception as error:  # the reason is a courtesy: a locked ledger must not cost the line
+        return [f"(not known: {_say(error)})"]
+
+
+def _say(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _warn(text: str) -> None:
+    print(f"evalcache: warning: {text}", file=sys.stderr, flush=True)

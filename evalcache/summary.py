@@ -1,0 +1,82 @@
+"""The one line that a run ends with: counts → text. Pure, so that every form of it is a line in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from evalcache.digest import Digest
+
+_DIGITS = 12
+
+
+class Counts(Protocol):
+    """What is counted while a run goes on; seconds are measured ones. Kept by `Cache`."""
+
+    hits: int
+    misses: int
+    uncacheable: Mapping[str, int]
+    duplicates: int
+    credited_seconds: float
+    overhead: Mapping[str, float]
+    models: Mapping[str, Digest]
+
+
+def calls_seen(counts: Counts) -> int:
+    """How many requests a run has met at all, whatever became of them."""
+    return counts.hits + counts.misses + counts.duplicates + sum(counts.uncacheable.values())
+
+
+def format_summary(counts: Counts, ledger: str, *, why: Sequence[str] = (), ranks: int = 1) -> str:
+    """The line, without its line end.
+
+    Args:
+        counts: what the run met.
+        ledger: path of the ledger, as it is shown.
+        why: reasons for having hit nothing; shown only where there were misses and no hits.
+        ranks: processes of the launch; the line of a launch says that it is one process's.
+    """
+    overhead_s = sum(counts.overhead.values())
+    parts = [
+        f"{_number(counts.hits, 'hit')}, {_number(counts.misses, 'miss', 'misses')}, {format_reasons(counts.uncacheable)}, "
+        f"{_number(counts.duplicates, 'duplicate')} merged",
+        f"saved {format_seconds(counts.credited_seconds - overhead_s)} "
+        f"(measured when first computed; {format_seconds(overhead_s)} overhead subtracted)",
+    ]
+    if counts.misses and not counts.hits and why:
+        parts.append(f"no hits because {'; '.join(why)}")
+    digests = list(dict.fromkeys(counts.models.values()))
+    if digests:
+        shown = ", ".join(f"{digest.algorithm}:{digest.hex[:_DIGITS]}…" for digest in digests)
+        parts.append(f"{'model' if len(digests) == 1 else 'models'} {shown}")
+    parts.append(f"ledger {ledger}")
+    rank = f" (rank 0 of {ranks}; `evalcache stats --run last` adds all up)" if ranks > 1 else ""
+    return f"evalcache{rank}: {'; '.join(parts)}"
+
+
+def format_reasons(uncacheable: Mapping[str, int]) -> str:
+    """``3 uncacheable (2 streamer, 1 training)``, the most frequent reason first."""
+    total = sum(uncacheable.values())
+    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(uncacheable.items(), key=lambda item: (-item[1], item[0])))
+    return f"{total:,} uncacheable ({said})" if total else "0 uncacheable"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as a person reads them; may be negative. Hours and minutes from two minutes on.
+
+    >>> format_seconds(12.34), format_seconds(-0.004), format_seconds(4000)
+    ('12.3 s', '-0.00 s', '1 h 06 min')
+    """
+    size = abs(seconds)
+    sign = "-" if seconds < 0 else ""
+    if size < 10:
+        return f"{sign}{size:.2f} s"
+    if size < 120:
+        return f"{sign}{size:.1f} s"
+    if size < 3600:
+        return f"{sign}{int(size // 60)} min {int(size % 60):02d} s"
+    return f"{sign}{int(size // 3600)} h {int(size % 3600 // 60):02d} min"
+
+
+def _number(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
