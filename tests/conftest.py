@@ -1,0 +1,27 @@
+"""What every test has: no network, one torch thread, a store folder of its own, and no progress bars."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before the first import of transformers or torch, and inherited by the processes that tests start.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_VERBOSITY="error",
+)
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Gives each test an `EVALCACHE_DIR` of its own, not made yet, and none of the developer's other settings."""
+    for name in [name for name in os.environ if name.startswith("EVALCACHE_")] + ["EVALCACHE"]:
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "evalcache"
+    monkeypatch.setenv("EVALCACHE_DIR", str(folder))
+    return folder
