@@ -46,11 +46,12 @@ class UncacheableError(EvalCacheError):
 
 
 class FingerprintError(UncacheableError):
-    """A module holds something that cannot be hashed exactly. Fields: ``module`` (its path), ``reason``, ``detail``."""
+    """A module holds something that cannot be hashed exactly. Fields: ``module`` (its path), ``reason``, ``problem``."""
 
     def __init__(self, module: str, detail: str, reason: str = "unhashable") -> None:
-        super().__init__(reason, f"module {module or '(root)'!s}: {detail}")
+        super().__init__(reason, f"module {module}: {detail}" if module else detail)
         self.module = module
+        self.problem = detail
 
 
 class CheckpointError(EvalCacheError):

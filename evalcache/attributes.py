@@ -1,0 +1,172 @@
+"""A module's attributes → canonical value: `eps`, `scaling`, configs, activation functions, and all else that is no tensor.
+
+Everything in a module's ``__dict__`` counts unless it is on the list of names that never shape an answer; what has no exact
+encoding raises. Modules whose attributes are plain values are recognised by comparison with the last walk.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from evalcache.canonical import digest_canonical
+from evalcache.digest import Digest
+
+# Tensors, children and hooks are visited by weights.py itself.
+_STRUCTURE = frozenset(
+    "_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks _is_full_backward_hook "
+    "_forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs "
+    "_state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks training".split()
+)
+# Names, loading, saving, placement and training: never part of an answer.
+_NEVER = frozenset(
+    "name_or_path _is_hf_initialized _tp_plan _ep_plan _pp_plan _fsdp_plan _tp_size _device_mesh all_tied_weights_keys "
+    "_keep_in_fp32_modules _keep_in_fp32_modules_strict _no_split_modules _skip_keys_device_placement "
+    "_keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save _tied_weights_keys "
+    "_dynamic_tied_weights_keys loss_type _loss_function gradient_checkpointing _gradient_checkpointing_func "
+    "_require_grads_hook _require_grads_hooks hf_device_map _hf_hook _old_forward hf_quantizer quantization_method is_quantized "
+    "is_loaded_in_4bit is_loaded_in_8bit warnings_issued "
+    "model_tags _hf_peft_config_loaded peft_config generation_config _compiled_call_impl _output_capturing_hooks_installed "
+    "_weight_conversions".split()
+)
+_NEVER_IN_CONFIG = frozenset(
+    "_name_or_path name_or_path transformers_version _commit_hash architectures _attn_implementation_autoset _post_init_done "
+    "id2label label2id problem_type finetuning_task task_specific_params torchscript _auto_class auto_map".split()
+)
+_FAST = frozenset({bool, int, str, type(None)})
+
+
+class AttributeEncoder:
+    """Encodes the attributes of one model's modules during one walk.
+
+    Args:
+        encode_code: canonical value of a function or class. encode_object: of a tensor, module or torch value, or raises.
+    """
+
+    def __init__(self, encode_code: Callable[[Any, str], Any], encode_object: Callable[[Any, str], Any]) -> None:
+        self._encode_code = encode_code
+        self._encode_object = encode_object
+        self._configs: dict[int, Digest] = {}
+        self._holders: dict[str, Digest] = {}
+        self._inside: set[int] = set()
+
+    def module_attributes(self, module: Any, path: str) -> Digest | None:
+        """Digest of a module's own attributes, None if there are none. Configs are kept apart, for the manifest's root."""
+        names: list[Any] = []
+        rest: dict[str, Any] = {}
+        for name, value in module.__dict__.items():
+            if name in _STRUCTURE or name in _NEVER:
+                continue
+            kind = type(value)
+            if kind in _FAST:
+                names += (name, kind, value)
+            elif kind is float:
+                names += (name, kind, value.hex())  # -0.0 == 0.0, and yet they divide differently
+            elif not _is_ours_or_instance_method(module, name, value):
+                rest[name] = value
+        others: dict[str, Any] = {}
+        for name, value in rest.items():
+            if _is_config(value):
+                others[name] = ["config", self._config(value, f"{path}.{name}" if path else name)]
+            else:
+                others[name] = self.encode(value, path)
+        if not names and not others:
+            return None
+        fast = tuple(names)
+        if not others:
+            found = _known.get(fast)
+            if found is None:
+                if len(_known) > 100_000:
+                    _known.clear()
+                found = _known[fast] = self._digest(fast, others)
+            return found
+        return self._digest(fast, others)
+
+    def _digest(self, fast: tuple[Any, ...], others: dict[str, Any]) -> Digest:
+        plain = {fast[i]: [fast[i + 1].__name__, fast[i + 2]] for i in range(0, len(fast), 3)}
+        return digest_canonical([plain, others])
+
+    def config_digests(self) -> dict[str, Digest]:
+        """Digests of the configs by the path that holds them, those left out that equal the one of the enclosing module."""
+        kept: dict[str, Digest] = {}
+        for path, digest in self._holders.items():
+            parts = path.split(".")
+            # `a.b.config` is enclosed by `a.config` and `config`; a module without a config of its own passes it through.
+            above = (".".join([*parts[:depth], parts[-1]]) for depth in range(len(parts) - 2, -1, -1))
+            if next((self._holders[name] for name in above if name in self._holders), None) != digest:
+                kept[path] = digest
+        return kept
+
+    def _config(self, config: Any, path: str) -> None:
+        # Only the root of the manifest holds configs: else one edited field would make every module look changed.
+        if id(config) not in self._configs:
+            self._configs[id(config)] = digest_canonical(self.config_value(config, path))
+        self._holders[path] = self._configs[id(config)]
+
+    def config_value(self, config: Any, path: str) -> Any:
+        """Canonical value of a config object, nested ones included."""
+        if id(config) in self._inside:
+            return "cycle"
+        self._inside.add(id(config))
+        try:
+            values = {
+                name: self.encode(value, f"{path}.{name}")
+                for name, value in sorted(vars(config).items())
+                if name not in _NEVER_IN_CONFIG
+            }
+        finally:
+            self._inside.discard(id(config))
+        return [self._encode_code(type(config), path), values]
+
+    def encode(self, value: Any, path: str) -> Any:
+        """Canonical value of any attribute.
+
+        Raises:
+            FingerprintError: there is no exact encoding; names the module.
+        """
+        kind = type(value)
+        if value is None or kind in (bool, str, bytes, float):
+            return value
+        if kind is int:
+            return value if -(1 << 63) <= value < 1 << 63 else ["int", str(value)]
+        if isinstance(value, enum.Enum):
+            return ["enum", kind.__qualname__, value.name]
+        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)):
+            return self._encode_code(value, path)
+        if isinstance(value, (list, tuple)) and not kind.__module__.startswith("torch"):
+            return [kind.__name__, *[self.encode(item, path) for item in value]]
+        if isinstance(value, (set, frozenset)):
+            return ["set", *sorted(digest_canonical(self.encode(item, path)).value for item in value)]
+        if _is_config(value):
+            return self.config_value(value, path)
+        if isinstance(value, Mapping):
+            return ["dict", *[[self.encode(key, path), self.encode(item, path)] for key, item in value.items()]]
+        if kind.__module__ == "numpy":
+            return ["numpy", str(value.dtype), list(value.shape), value.tobytes()]
+        if _is_dataclass(value) and id(value) not in self._inside:
+            self._inside.add(id(value))
+            try:
+                return ["dataclass", kind.__qualname__, [[n, self.encode(v, path)] for n, v in sorted(vars(value).items())]]
+            finally:
+                self._inside.discard(id(value))
+        return self._encode_object(value, path)
+
+
+_known: dict[tuple[Any, ...], Digest] = {}
+
+
+def _is_ours_or_instance_method(module: Any, name: str, value: Any) -> bool:
+    """Methods set on the instance were judged by weights.py already: what is left is ours or accelerate's."""
+    return callable(value) and isinstance(getattr(type(module), name, None), types.FunctionType)
+
+
+def _is_config(value: Any) -> bool:
+    return any(cls.__name__ in ("PreTrainedConfig", "PretrainedConfig", "PeftConfigMixin", "QuantizationConfigMixin") for cls in type(value).__mro__)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return hasattr(type(value), "__dataclass_fields__")
+
