@@ -1,8 +1,8 @@
 """Tiny architectures: real transformers models, made from configs with seeded random weights, each in a fraction of a second.
 
 They have two layers, a width of 32, `VOCABULARY` tokens and at most `POSITIONS` positions, are in float32 and eval mode, and know
-the same three special ids. The weights are larger than a fresh model's (`SPREAD`), because with the usual 0.02 the next token hardly
-depends on the prompt, and a wrong answer would look like the right one.
+the same three special ids. The weights are larger than a fresh model's (`SPREAD`), because with the usual 0.02 the next token
+hardly depends on the prompt, and a wrong answer would look like the right one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,167 @@
+"""The direction of imports: a file knows only files of lower levels, each third-party package has one door, and torch sleeps.
+
+Imports are read from the source, so that the ones inside functions count as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "evalcache"
+
+# Module → level. A file imports only files of a lower level. The halves are files that others of the same level are built from.
+LEVELS = {
+    "errors": 0,
+    "digest": 1,
+    "importhook": 1,  # knows nothing of us
+    "canonical": 1.5,
+    "records": 2,
+    "manifest": 2,
+    "leaf": 2,  # one tensor → its digest
+    "attributes": 2,  # plain attributes of a module → values with a canonical encoding
+    "device_sums": 2,  # position-weighted sums on the tensor's own device
+    "code": 2.5,  # what a module's methods are
+    "weights": 3,
+    "checkpoint": 3,
+    "environment": 3,
+    "key": 3,
+    "decide": 3,
+    "frame": 3,
+    "journal": 3,
+    "schema": 3,
+    "store": 4,
+    "ledger": 4,
+    "cache": 5,
+    "audit": 5,
+    "summary": 5,
+    "integrations": 6,
+    "session": 7,
+    "launch": 7,
+    "_site": 8,  # what a launched interpreter starts with
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,
+}
+
+# Third-party package → the modules that import it: one door each.
+DOORS = {
+    "cbor2": {"canonical"},
+    "click": {"cli"},
+    "diskcache": {"store"},
+    "duckdb": {"ledger"},
+    "torch": {"weights", "device_sums", "leaf", "attributes", "environment", "integrations"},
+    "transformers": {"environment", "integrations"},
+    "xxhash": {"digest"},
+    "zstandard": {"frame"},
+}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(source: Path) -> str:
+    """Which row of `LEVELS` a file is: a folder is one row."""
+    return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def is_for_type_checkers(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(source: Path, *, at_run_time: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields (line, dotted name) of each import of a file, wherever it stands; ``at_run_time`` leaves out `if TYPE_CHECKING`."""
+    waiting: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if at_run_time and is_for_type_checkers(node):
+            waiting.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source.name}:{node.lineno}: relative import; write the whole name"
+            assert node.module is not None
+            if node.module in (
+                "evalcache",
+                "evalcache.integrations",
+            ):  # `from evalcache import store` imports a module, if not a name
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+class TestSource:
+    """What holds for each file of the package."""
+
+    def test_has_a_level(self, source: Path) -> None:
+        assert module_of(source) in LEVELS, "a new file needs a row in LEVELS: what does it stand on, and who stands on it?"
+
+    def test_imports_only_lower_levels(self, source: Path) -> None:
+        module = module_of(source)
+        for line, name in imports_of(source):
+            if not name.startswith("evalcache."):
+                continue
+            imported = name.split(".")[1]
+            inside_one_folder = imported == module and source.parent != PACKAGE
+            if imported in LEVELS and not inside_one_folder:
+                assert LEVELS[imported] < LEVELS[module], (
+                    f"{source.name}:{line} ({LEVELS[module]}) imports {name} ({LEVELS[imported]})"
+                )
+
+    def test_does_not_import_the_package_root(self, source: Path) -> None:
+        for line, name in imports_of(source):
+            assert name != "evalcache", f"{source.name}:{line}: import from the module, not from the package root"
+            if name.startswith("evalcache."):
+                module = name.split(".")[1]
+                assert module in LEVELS, f"{source.name}:{line}: {module} is not a module; import it from where it is defined"
+
+    def test_comes_through_the_doors(self, source: Path) -> None:
+        for line, name in imports_of(source, at_run_time=True):
+            package = name.split(".")[0]
+            if package in DOORS:
+                assert module_of(source) in DOORS[package], (
+                    f"{source.name}:{line} imports {package}; its door is {DOORS[package]}"
+                )
+
+
+def test_integrations_of_two_clients_do_not_know_each_other() -> None:
+    # A client's file may stand on transformers.py, whose models they all run; not on another client's.
+    clients = {"lm_eval", "inspect_ai", "lighteval"}
+    for source in (PACKAGE / "integrations").glob("*.py"):
+        for line, name in imports_of(source):
+            if name.startswith("evalcache.integrations."):
+                assert name.split(".")[2] not in clients - {source.stem}, f"{source.name}:{line} imports {name}"
+
+
+def run_python(code: str) -> str:
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+HEAVY = "sorted({'torch', 'transformers', 'lm_eval', 'inspect_ai', 'lighteval'} & set(sys.modules))"
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    assert run_python(f"import sys, evalcache; print({HEAVY})").strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["path"], ["run", "--help"]], ids=" ".join)
+def test_verbs_without_a_model_do_not_import_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from evalcache.cli import main
+try:
+    main({arguments!r})
+except SystemExit as ending:
+    assert not ending.code, ending.code
+print({HEAVY})
+"""
+    assert run_python(code).splitlines()[-1] == "[]"
