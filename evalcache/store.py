@@ -1,0 +1,294 @@
+"""Store: Key → Entry, with the shared objects and the journal that tells the ledger about them, in one folder.
+
+| row key (`rows.py`) | value |
+|---|---|
+| 16 bytes | an entry's frame (`frame.py`) |
+| ``object/<name>`` | shared bytes: ``fields/<hex>`` (settings, environments), ``model/<root hex>`` (manifests), sealed |
+| ``journal/<20 digits>`` | one event for the ledger (`journal.py`), sealed; numbers only rise, also after rows were forgotten |
+| ``store/state`` | the store's id and the last journal number given out, sealed |
+| ``aside/<row key>`` | what failed its checks, kept for whoever wants to know why |
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evalcache.canonical import decode, encode_canonical
+from evalcache.digest import SIZE_BYTES, Digest
+from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
+from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
+from evalcache.journal import Event, Stored, decode_event, encode_event
+from evalcache.records import Action, Entry, Result
+from evalcache.rows import ROW_LIMIT_BYTES, Rows
+
+_STATE = "store/state"
+_OBJECTS = ("object/", "object0")  # "0" follows "/": the first text after every row of the kind
+_JOURNAL = ("journal/", "journal0")
+_ASIDE = ("aside/", "aside0")
+_ENTRIES = b""  # bytes come after all text
+_SCAN_ROWS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store holds. ``size_bytes``: of its files on disk; ``journal_rows``: waiting for the ledger."""
+
+    entries: int
+    objects: int
+    journal_rows: int
+    aside: int
+    size_bytes: int
+
+
+class Store:
+    """A folder of entries that many threads and processes read and write at once.
+
+    Args:
+        directory: made with mode 0700 where it does not exist; its files have mode 0600.
+        timeout_s: how long a write waits for other processes.
+
+    Raises:
+        StoreError: the folder cannot be used.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, timeout_s: float = 60) -> None:
+        self.directory = Path(directory)
+        self.corrupt_count = 0
+        self._rows = Rows(directory, timeout_s=timeout_s)
+        with self._rows.transaction("opening"):
+            self._state()
+
+    @property
+    def store_id(self) -> str:
+        """32 hex digits, drawn when the store was made; journal numbers are unique under it."""
+        with self._rows.transaction("reading its id"):
+            return self._state()[0]
+
+    def close(self) -> None:
+        """Let go of this thread's connection; other threads' go with them. A later call opens it again."""
+        self._rows.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Entries and objects
+
+    def get_many(self, keys: Sequence[Digest]) -> dict[Digest, Entry | FrameError]:
+        """The entries under these keys; absent keys are absent.
+
+        A frame that fails its checks is set aside, counted, and stands as its `FrameError`: the caller computes it again.
+        Cost: one statement for about a thousand keys; about 10 µs a key with a 300-token prompt.
+
+        Raises:
+            StoreError: the folder cannot be read at all.
+        """
+        by_value = {key.value: key for key in keys}
+        found: dict[Digest, Entry | FrameError] = {}
+        unreadable: list[tuple[bytes, str]] = []
+        bad: list[tuple[Digest, Any, FrameError]] = []
+        for value, frame in self._rows.select(list(by_value), unreadable):
+            key = by_value[value]
+            try:
+                found[key] = decode_entry(key, frame)
+            except FrameError as error:
+                bad.append((key, frame, error))
+        for value, why in unreadable:
+            key = by_value[value]
+            bad.append((key, None, FrameError(f"{key}: the row cannot be read: {why}", key=key, expected="a row", found=why)))
+        if bad:
+            found.update((key, error) for key, _, error in bad)
+            self._set_aside(bad)
+        return found
+
+    def get(self, key: Digest) -> Entry | FrameError | None:
+        """`get_many` of one key."""
+        return self.get_many((key,)).get(key)
+
+    def get_question(self, key: Digest) -> Question | None:
+        """What the entry under ``key`` answers; None where there is no good entry."""
+        for _, frame in self._rows.select([key.value], []):
+            try:
+                return decode_question(key, frame)
+            except FrameError as error:
+                self._set_aside([(key, frame, error)])
+        return None
+
+    def get_object(self, name: str) -> bytes | None:
+        """A shared object's bytes; None where there is none, or where it failed its checks and was set aside."""
+        row = f"{_OBJECTS[0]}{name}"
+        for (value,) in self._rows.query("SELECT value FROM Cache WHERE raw = 1 AND key = ?", (row,)):
+            try:
+                return unseal(row, value)
+            except FrameError as error:
+                self._rows.set_aside([(row, value, str(error))])
+        return None
+
+    def frames(self) -> Iterator[tuple[Digest, bytes]]:
+        """Every entry's key and bytes, undecoded, in order of keys; no transaction stays open between two of them."""
+        after = _ENTRIES
+        while rows := self._rows.scan(after, None, _SCAN_ROWS):
+            for key, value in rows:
+                if len(key) == SIZE_BYTES:
+                    yield Digest(key), value if type(value) is bytes else b""
+            after = rows[-1][0]
+
+    def commit(
+        self,
+        entries: Sequence[tuple[Digest, Action, Result]],
+        events: Sequence[Event] = (),
+        objects: Mapping[str, bytes] | None = None,
+        *,
+        run: str,
+        created_at: float,
+    ) -> None:
+        """Write all of it in one transaction; when this returns it is on disk, when it raises nothing was written.
+
+        An entry replaces one under the same key. Objects are written where they are absent; the settings and environments
+        of the entries are added as ``fields/<hex>``, and a `Stored` event with the entries' keys follows the ``events``.
+
+        Args:
+            run: id of the run that computed the entries. created_at: Unix seconds.
+
+        Raises:
+            StoreError: an entry is too large, or the folder cannot be written.
+            CanonicalError: a value has no canonical encoding.
+        """
+        shared = dict(objects or {})
+        frames: list[tuple[bytes, bytes]] = []
+        # All encoding happens before the transaction, which other processes wait for.
+        for key, action, result in entries:
+            for fields in (action.request.settings, action.environment.keyed):
+                shared.setdefault(f"fields/{fields.digest.hex}", fields.canonical)
+            frames.append((key.value, self._encode(key, action, result, run, created_at)))
+        if frames:
+            events = [*events, Stored(run, tuple(value for value, _ in frames))]
+        encoded = [encode_event(event) for event in events]
+        if not (encoded or shared):
+            return
+        with self._rows.transaction("writing"):
+            self._rows.put(frames)
+            for name, data in shared.items():
+                row = f"{_OBJECTS[0]}{name}"
+                self._rows.add(row, seal(row, data))
+            if encoded:
+                store_id, last = self._state()
+                rows = [(_journal_row(last + place), data) for place, data in enumerate(encoded, 1)]
+                self._rows.put((row, seal(row, data)) for row, data in rows)
+                self._set_state(store_id, last + len(rows))
+
+    def _encode(self, key: Digest, action: Action, result: Result, run: str, created_at: float) -> bytes:
+        try:
+            frame = encode_frame(key, action, result, run, created_at)
+            if len(frame) > ROW_LIMIT_BYTES:
+                raise FrameError("the frame is too large", key=key, expected=ROW_LIMIT_BYTES, found=len(frame))
+            return frame
+        except FrameError as error:
+            raise self._rows.unusable("refuses an entry", error, "let this call run uncached: too_large") from error
+
+    # The journal
+
+    def journal(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Event]]:
+        """The waiting events with a number above ``after``, in order; an empty list means that there are no more.
+
+        Rows that cannot be read are set aside with a warning.
+        """
+        events: list[tuple[int, Event]] = []
+        start = _journal_row(after)
+        while not events and (rows := self._rows.scan(start, _JOURNAL[1], limit)):
+            start = rows[-1][0]
+            bad = []
+            for row, value in rows:
+                try:
+                    events.append((int(row.removeprefix(_JOURNAL[0])), decode_event(unseal(row, value))))
+                except (FrameError, CanonicalError, ValueError) as error:
+                    bad.append((row, value, str(error)))
+            self._rows.set_aside(bad)
+        return events
+
+    def journal_count(self) -> int:
+        """How many events wait for the ledger."""
+        return self._rows.count(*_JOURNAL)
+
+    def forget_journal(self, through: int) -> None:
+        """Delete the events up to and including this number: the ledger has committed and re-read them.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        with self._rows.transaction("forgetting journal rows"):
+            self._rows.delete(_JOURNAL[0], _journal_row(through))
+
+    # Looking after it
+
+    def stats(self) -> StoreStats:
+        """What the store holds. Cost: a pass over the index."""
+        return StoreStats(
+            entries=self._rows.count(_ENTRIES),
+            objects=self._rows.count(*_OBJECTS),
+            journal_rows=self.journal_count(),
+            aside=self._rows.count(*_ASIDE),
+            size_bytes=self._rows.size_bytes(),
+        )
+
+    def check(self) -> list[str]:
+        """Decode every frame, object and event and check the database; the list of problems, empty when all is well.
+
+        Nothing is changed. Cost: a pass over the whole store, during a part of which others cannot write.
+        """
+        problems = []
+        for key, frame in self.frames():
+            try:
+                decode_entry(key, frame)
+                decode_question(key, frame)
+            except FrameError as error:
+                problems.append(str(error))
+        others = "SELECT key, raw, typeof(key), value FROM Cache WHERE raw IS NOT 1 OR typeof(key) <> 'blob' OR length(key) <> ?"
+        for row, raw, kind, value in self._rows.query(others, (SIZE_BYTES,)):
+            if raw != 1 or kind != "text" or not row.startswith((_OBJECTS[0], _JOURNAL[0], _ASIDE[0], _STATE)):
+                problems.append(f"row {row!r} is none of this store's")
+            elif not row.startswith(_ASIDE[0]):
+                try:
+                    unseal(row, value)
+                except FrameError as error:
+                    problems.append(str(error))
+        return problems + self._rows.check()
+
+    # Within
+
+    def _set_aside(self, bad: Sequence[tuple[Digest, Any, FrameError]]) -> None:
+        self.corrupt_count += len(bad)
+        self._rows.set_aside([(key.value, frame, str(error)) for key, frame, error in bad])
+
+    def _state(self) -> tuple[str, int]:
+        """Id and last journal number, made where absent. Within a transaction.
+
+        A damaged row gets a *new* id: under the old one, numbers given out twice would be skipped by a ledger that has seen them.
+        """
+        try:
+            sealed = self._rows.get(_STATE)
+            if sealed is not None:
+                store_id, last = decode(unseal(_STATE, sealed))
+                return store_id, last
+        except (FrameError, CanonicalError, StoreError, ValueError, TypeError) as error:
+            warnings.warn(f"{self.directory}: the store gets a new id: {error}", CorruptEntryWarning, stacklevel=4)
+        rows = self._rows.query("SELECT MAX(key) FROM Cache WHERE raw = 1 AND key > ? AND key < ?", _JOURNAL)
+        last = int(rows[0][0].removeprefix(_JOURNAL[0])) if rows[0][0] else 0
+        store_id = uuid.uuid4().hex
+        self._set_state(store_id, last)
+        return store_id, last
+
+    def _set_state(self, store_id: str, last: int) -> None:
+        self._rows.put([(_STATE, seal(_STATE, encode_canonical([store_id, last])))])
+
+
+def _journal_row(number: int) -> str:
+    return f"{_JOURNAL[0]}{number:020d}"
