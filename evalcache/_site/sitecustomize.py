@@ -47,7 +47,8 @@ def _enable() -> None:
 
         enable()
     except Exception as error:  # the program must run, whatever is wrong with us
-        _warn(f"could not start ({type(error).__name__}: {error}); this process runs without it")
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        _warn(f"could not start ({said}); this process runs without it")
 
 
 _here = os.path.dirname(os.path.abspath(__file__))
