@@ -79,20 +79,23 @@ def test_an_installed_script_is_reached(tmp_path):
 
 
 def test_starting_python_imports_nothing_heavy(tmp_path):
-    code = "import sys; print([m for m in ('torch', 'transformers', 'duckdb', 'diskcache', 'numpy', 'click') if m in sys.modules])"
+    heavy = ("torch", "transformers", "duckdb", "diskcache", "numpy", "click")
+    code = f"import sys; print([name for name in {heavy} if name in sys.modules])"
     assert run([*RUN, sys.executable, "-c", code], cwd=tmp_path).stdout == "[]\n"
 
 
 def test_all_processes_of_a_launch_share_one_run(tmp_path):
-    code = "import os, subprocess, sys; show = 'import os; print(os.environ[\"EVALCACHE_RUN\"], os.environ[\"EVALCACHE_COMMAND\"])'\n"
-    code += "for _ in range(2): subprocess.call([sys.executable, '-c', show])"
-    lines = run([*RUN, sys.executable, "-c", code], cwd=tmp_path).stdout.splitlines()
-    runs = {line.split()[0] for line in lines if len(line.split()[0]) == 32}
-    assert len(runs) == 1
-    assert any(sys.executable in line for line in lines)
+    show = write(tmp_path / "show.py", "import os; print(os.environ['EVALCACHE_RUN'], os.environ['EVALCACHE_COMMAND'])")
+    code = f"import subprocess, sys; [subprocess.call([sys.executable, {str(show)!r}]) for _ in range(2)]"
+    first, second = run([*RUN, sys.executable, "-c", code], cwd=tmp_path).stdout.splitlines()
+    assert first == second
+    assert first[32:].startswith(f" {sys.executable} -c ")
 
 
-@pytest.mark.parametrize("ending", ["raise ValueError('oh')", "raise SystemExit(3)", "import os; os._exit(4)", "import os; os.abort()"])
+ENDINGS = ["raise ValueError('oh')", "raise SystemExit(3)", "import os; os._exit(4)", "import os; os.abort()"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_failures_are_the_commands_own(tmp_path, ending):
     bare, ours = both([sys.executable, "-c", ending], tmp_path)
     assert bare.returncode != 0

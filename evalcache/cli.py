@@ -1,0 +1,287 @@
+"""The command line: parse → call → print. No logic lives here; every verb is a few calls into the levels below.
+
+Exit codes: 0 good, 1 a finding (models that differ, a damaged entry), 2 wrong usage or a fault that is explained in one message,
+3 the ledger is locked by another process. `run` ends with its command's own code. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from evalcache.errors import EvalCacheError
+from evalcache.session import disable
+
+if TYPE_CHECKING:
+    from evalcache.ledger import Ledger
+    from evalcache.store import Store
+
+_POLICIES = ("use", "refresh", "read_only", "replay", "off")
+_MATCHES = ("portable", "strict")
+
+
+class Place:
+    """The store and the ledger of one cache folder, opened when first asked for."""
+
+    def __init__(self, directory: str | None) -> None:
+        from evalcache.cache import default_directory
+
+        self.directory = default_directory() if directory is None else Path(directory)
+        self.store_path = self.directory / "store"
+        self.ledger_path = self.directory / "ledger.duckdb"
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        from evalcache.store import Store
+
+        return Store(self.store_path)
+
+    def synced(self) -> Ledger:
+        """The ledger, which has been told everything that was waiting in the journal."""
+        from evalcache.ledger import Ledger
+
+        ledger = Ledger(self.ledger_path)
+        ledger.sync(self.store)
+        return ledger
+
+
+def _asks_a_cache(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The two options of every verb that asks a cache."""
+    verb = click.option("--json", "as_json", is_flag=True, help="Print one JSON document with stable field names.")(verb)
+    return click.option(
+        "--dir", "directory", metavar="FOLDER", help="Cache folder (default: EVALCACHE_DIR, or the user's cache folder)."
+    )(verb)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="llm-evalcache", prog_name="evalcache")
+def commands() -> None:
+    """The build cache for LLM evals: asks a model only what it has not answered yet.
+
+    Exit codes: 0 good, 1 a finding, 2 usage, 3 the ledger is locked.
+    """
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--dir", "directory", metavar="FOLDER", help="Cache folder (default: EVALCACHE_DIR, or the user's cache folder).")
+@click.option("--policy", type=click.Choice(_POLICIES), help="What the run may do with the store (default: EVALCACHE, or use).")
+@click.option("--match", type=click.Choice(_MATCHES), help="strict: key the device and the batch (default: EVALCACHE_MATCH).")
+@click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(directory: str | None, policy: str | None, match: str | None, command: Sequence[str]) -> None:
+    """Run a command with evalcache in it: evalcache run -- python eval.py --limit 500
+
+    The command's exit code, output, input and signals are its own. One line on stderr says at the end what was reused.
+    """
+    from evalcache.launch import run_command
+
+    run_command(command, directory=directory, policy=policy, match=match)
+
+
+@commands.command()
+@click.argument("path", type=click.Path(exists=True))
+@click.option("--modules", is_flag=True, help="One row per module instead of the root alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document with stable field names.")
+def fingerprint(path: str, modules: bool, as_json: bool) -> None:
+    """Fingerprint the safetensors files of a checkpoint, without loading the model."""
+    from evalcache.checkpoint import fingerprint_checkpoint
+    from evalcache.printing import print_fields, print_json, print_table, said_bytes
+
+    manifest = fingerprint_checkpoint(path)
+    rows = [
+        (name, str(module.digest), module.class_name, sum(tensor.size_bytes for tensor in module.tensors.values()))
+        for name, module in manifest.modules.items()
+    ]
+    if as_json:
+        found = {"path": path, "digest": manifest.root, "tensors": len(manifest.tensors), "size_bytes": manifest.size_bytes}
+        if modules:
+            found["modules"] = [dict(zip(("path", "digest", "class", "size_bytes"), row, strict=True)) for row in rows]
+        print_json(found)
+    elif modules:
+        print_table(("module", "digest", "class", "bytes"), [(row[0] or "(root)", *row[1:]) for row in rows])
+    else:
+        size = said_bytes(manifest.size_bytes)
+        print_fields({"digest": manifest.root, "tensors": len(manifest.tensors), "bytes": f"{manifest.size_bytes:,} ({size})"})
+
+
+@commands.command()
+@click.argument("left", metavar="A")
+@click.argument("right", metavar="B")
+@_asks_a_cache
+def diff(left: str, right: str, directory: str | None, as_json: bool) -> int:
+    """Say which modules of two models differ. A and B are checkpoint folders, or digests of models that were run.
+
+    Exit code 1 if they differ.
+    """
+    from evalcache.names import find_manifest
+    from evalcache.printing import print_json, visible
+
+    place = Place(directory)
+    one, other = (find_manifest(name, place.store) for name in (left, right))
+    found = one.diff(other)
+    if as_json:
+        print_json(
+            {
+                "left": one.root,
+                "right": other.root,
+                "equal": not found,
+                "summary": str(found),
+                "tensors": found.tensors,
+                "tensors_total": found.total,
+                "parts": [{"module": path, "kind": kind} for path, kind in found.parts],
+            }
+        )
+    else:
+        print(visible(str(found)))
+    return int(bool(found))
+
+
+@commands.command()
+@click.option("--limit", default=20, show_default=True, help="Latest runs to show.")
+@_asks_a_cache
+def runs(limit: int, directory: str | None, as_json: bool) -> None:
+    """List the latest runs."""
+    from evalcache.audit import list_runs
+    from evalcache.printing import print_json, print_table
+
+    table = list_runs(Place(directory).synced(), limit)
+    if as_json:
+        print_json([dict(zip(table.columns, row, strict=True)) for row in table.rows])
+    else:
+        print_table(table.columns, table.rows, empty="no runs yet")
+
+
+@commands.command()
+@click.option("--run", "run_name", metavar="ID|last", help="One run's hits, misses, savings and cost.")
+@_asks_a_cache
+def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
+    """Sum up one run, or without --run say what the cache holds."""
+    from evalcache.printing import print_fields, print_json
+
+    place = Place(directory)
+    if run_name is not None:
+        from evalcache.audit import summarise
+
+        found = summarise(place.synced(), run_name).to_json()
+    else:
+        held = place.store.stats()
+        found = {
+            "directory": place.directory,
+            "entries": held.entries,
+            "objects": held.objects,
+            "journal_rows": held.journal_rows,
+            "set_aside": held.aside,
+            "store_bytes": held.size_bytes,
+            "ledger": place.ledger_path,
+            "ledger_bytes": place.ledger_path.stat().st_size if place.ledger_path.exists() else 0,
+        }
+    (print_json if as_json else print_fields)(found)
+
+
+@commands.command()
+@click.argument("key")
+@_asks_a_cache
+def show(key: str, directory: str | None, as_json: bool) -> None:
+    """Show one stored entry: what was asked, what was answered, and what it cost."""
+    from evalcache.audit import describe_entry
+    from evalcache.names import find_key
+    from evalcache.printing import print_fields, print_json
+
+    store = Place(directory).store
+    (print_json if as_json else print_fields)(describe_entry(store, find_key(key, store)))
+
+
+@commands.command()
+@click.argument("left", metavar="KEY")
+@click.argument("right", metavar="KEY")
+@_asks_a_cache
+def explain(left: str, right: str, directory: str | None, as_json: bool) -> None:
+    """Say in which keyed fields two stored entries differ, that is why the one did not answer for the other."""
+    from evalcache.audit import explain_keys
+    from evalcache.names import find_key
+    from evalcache.printing import print_json, visible
+
+    store = Place(directory).store
+    one, other = find_key(left, store), find_key(right, store)
+    reasons = explain_keys(store, one, other)
+    if as_json:
+        print_json({"left": one, "right": other, "differences": reasons})
+    else:
+        print("\n".join(visible(str(reason)) for reason in reasons) or "no difference: they are one entry")
+
+
+@commands.command()
+@click.argument("sql")
+@click.option("--unsafe", is_flag=True, help="Allow statements that read files or change the ledger.")
+@_asks_a_cache
+def query(sql: str, unsafe: bool, directory: str | None, as_json: bool) -> None:
+    """Ask the ledger in SQL. `SHOW TABLES` lists what there is."""
+    from evalcache.printing import print_json, print_table
+
+    table = Place(directory).synced().query(sql, unsafe=unsafe)
+    if as_json:
+        print_json([dict(zip(table.columns, row, strict=True)) for row in table.rows])
+    else:
+        print_table(table.columns, table.rows, empty="no rows")
+
+
+@commands.command()
+@_asks_a_cache
+def path(directory: str | None, as_json: bool) -> None:
+    """Print the cache folder."""
+    from evalcache.printing import print_json
+
+    place = Place(directory)
+    if as_json:
+        print_json({"directory": place.directory, "store": place.store_path, "ledger": place.ledger_path})
+    else:
+        print(place.directory)
+
+
+@commands.command()
+@_asks_a_cache
+def verify(directory: str | None, as_json: bool) -> int:
+    """Check every stored entry, and the store against the ledger. Exit code 1 if anything is wrong."""
+    from evalcache.printing import print_fields, print_json, visible
+    from evalcache.verification import verify_cache
+
+    place = Place(directory)
+    found = verify_cache(place.store, place.synced())
+    if as_json:
+        print_json(found.to_json())
+    else:
+        for problem in found.problems:
+            print(visible(problem))
+        print_fields({name: value for name, value in found.to_json().items() if isinstance(value, int)})
+    return int(not found.good)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script: run one verb and exit with its code."""
+    disable()  # below `evalcache run` this process has a session, and nothing to do with it
+    try:
+        code = commands.main(args=arguments, prog_name="evalcache", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = 130
+    except EvalCacheError as error:
+        from evalcache.printing import print_error
+
+        print_error(error.message, error.hint)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader left (`| head`); Python would complain once more when it flushes at the end.
+        sys.stdout = None  # type: ignore[assignment]
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

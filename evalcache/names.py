@@ -1,0 +1,78 @@
+"""What a person may type for a model or a key, and the thing that is meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from evalcache.checkpoint import fingerprint_checkpoint
+from evalcache.digest import ALGORITHM, SIZE_BYTES, Digest
+from evalcache.errors import CanonicalError, UnknownNameError
+from evalcache.manifest import Manifest
+from evalcache.store import Store
+
+_T = TypeVar("_T")
+_SHORTEST = 4  # hex digits; fewer would name a lucky neighbour
+
+
+def find_key(text: str, store: Store) -> Digest:
+    """The key of the one entry whose key is, or starts with, ``text``.
+
+    Args:
+        text: ``xxh3_128:<hex>``, bare hex or a UUID, at least four digits of it.
+
+    Cost: one look-up for a whole key, a pass over the store for a part.
+
+    Raises:
+        UnknownNameError: no entry, or more than one, has such a key. Fields: ``found``.
+    """
+    digits = _digits(text)
+    if digits is None:
+        raise UnknownNameError(f"not a key: {text!r}", hint="give at least four of its 32 hexadecimal digits", found=text)
+    if len(digits) == 2 * SIZE_BYTES:
+        keys = [key for key in [Digest(bytes.fromhex(digits))] if store.get(key) is not None]
+    else:
+        keys = [key for key, _ in store.frames() if key.hex.startswith(digits)]
+    return _only(text, keys, "entry", f"`evalcache query 'SELECT * FROM outputs'` lists what is stored in {store.directory}")
+
+
+def find_manifest(text: str, store: Store, progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """The manifest of a checkpoint folder or file, or of a model that the store has seen.
+
+    Args:
+        text: a path, or the root digest of a model (or at least four digits of it).
+        progress: passed on to `fingerprint_checkpoint`.
+
+    Raises:
+        UnknownNameError: neither of the two. Fields: ``found``.
+        CheckpointError: the path is not a checkpoint.
+    """
+    if Path(text).exists():
+        return fingerprint_checkpoint(text, progress=progress)
+    digits = _digits(text)
+    hint = "give the path of a checkpoint folder, or the digest of a model that was run (`evalcache query 'SELECT * FROM models'`)"
+    if digits is None:
+        raise UnknownNameError(f"no such checkpoint: {text}", hint=hint, found=text)
+    roots = [root for root in store.object_names("model/") if root.startswith(f"model/{digits}")]
+    data = store.get_object(_only(text, roots, "model", hint))
+    if data is None:
+        raise UnknownNameError(f"the manifest of {text} is damaged", hint="run the model once more to store it again", found=text)
+    try:
+        return Manifest.from_bytes(data)
+    except CanonicalError as error:
+        raise UnknownNameError(f"the manifest of {text} cannot be read: {error.message}", hint=hint, found=text) from error
+
+
+def _digits(text: str) -> str | None:
+    digits = text.strip().lower().removeprefix(f"{ALGORITHM}:").removesuffix("…").replace("-", "")
+    return digits if re.fullmatch(rf"[0-9a-f]{{{_SHORTEST},{2 * SIZE_BYTES}}}", digits) else None
+
+
+def _only(text: str, found: list[_T], kind: str, hint: str) -> _T:
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UnknownNameError(f"no {kind} under {text}", hint=hint, found=text)
+    raise UnknownNameError(f"{len(found)} {kind}s start with {text}", hint="give more digits", found=text)
