@@ -200,7 +200,10 @@ def show(key: str, directory: str | None, as_json: bool) -> None:
 @click.argument("right", metavar="KEY")
 @_asks_a_cache
 def explain(left: str, right: str, directory: str | None, as_json: bool) -> None:
-    """Say in which keyed fields two stored entries differ, that is why the one did not answer for the other."""
+    """Say in which keyed fields two stored entries differ.
+
+    That is why the one could not answer for the other.
+    """
     from evalcache.audit import explain_keys
     from evalcache.names import find_key
     from evalcache.printing import print_json, visible
