@@ -20,6 +20,7 @@ LEVELS = {
     "errors": 0,
     "digest": 1,
     "importhook": 1,  # knows nothing of us
+    "printing": 1,  # nor does this
     "canonical": 1.5,
     "records": 2,
     "manifest": 2,
@@ -35,11 +36,14 @@ LEVELS = {
     "frame": 3,
     "journal": 3,
     "schema": 3,
+    "rows": 3,  # bytes under bytes in one file
     "store": 4,
     "ledger": 4,
     "cache": 5,
     "audit": 5,
     "summary": 5,
+    "names": 5,  # what a person types → the model or key that is meant
+    "verification": 5,
     "integrations": 6,
     "session": 7,
     "launch": 7,
@@ -53,9 +57,9 @@ LEVELS = {
 DOORS = {
     "cbor2": {"canonical"},
     "click": {"cli"},
-    "diskcache": {"store"},
+    "diskcache": {"rows"},
     "duckdb": {"ledger"},
-    "torch": {"weights", "device_sums", "leaf", "attributes", "environment", "integrations"},
+    "torch": {"weights", "device_sums", "environment", "integrations"},
     "transformers": {"environment", "integrations"},
     "xxhash": {"digest"},
     "zstandard": {"frame"},
