@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 QUESTIONS = 640
 VOCABULARY = 1024
 WIDTH = 96
-BATCH = 32
+BATCH = 16
 LONGEST_S = 90.0  # on a slow machine the training stops here, with fewer steps than asked for
 
 
@@ -39,7 +39,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         )
     )  # fmt: skip
@@ -76,7 +76,7 @@ def encode_all(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="gets model/ and questions.json")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=700)
     arguments = parser.parse_args()
 
     trained_on, held_out = split(read_docstrings())
@@ -84,7 +84,7 @@ def main() -> None:
     tokens = encode_all(tokenizer, trained_on)
     model = make_model(tokenizer)
     print(f"{len(trained_on)} texts, {len(tokens)} tokens, {sum(p.numel() for p in model.parameters())} parameters")
-    train(model, tokens, arguments.steps, list(model.parameters()), rate=4e-3)
+    train(model, tokens, arguments.steps, list(model.parameters()), rate=3e-3)
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(arguments.folder / "model")
