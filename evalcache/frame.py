@@ -18,10 +18,13 @@ the ledger can be rebuilt from the store alone. One segment for both was rejecte
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import zstandard
@@ -37,7 +40,10 @@ SEGMENT_LIMIT_BYTES = 512 << 20
 """Most raw bytes of one segment. Bounds what a reader will ever allocate for one row, whatever its header claims."""
 
 _HEADER = struct.Struct("<4sI16s4I")
-_MIN_PACKED_BYTES = 96  # below this zstd's own header eats what it saves
+_HEADER_BYTES = _HEADER.size
+_MIN_ANSWER_BYTES = 1024  # below this zstd saves some 150 bytes and costs a hit a third of its time
+_MIN_QUESTION_BYTES = 96  # read by the ledger's sync alone; below this zstd's own header eats what it saves
+_NOTHING: Mapping[str, Any] = MappingProxyType({})  # most results have no scalars or no arrays: one for all of them
 _LEVEL = 1  # level 3 saves another 2 % of a typical entry for twice the time
 
 
@@ -58,6 +64,18 @@ class Question:
     tokens: bytes
     inputs: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _mutable(record: type) -> Any:
+    """A twin of a frozen record whose instances become the record by assigning ``__class__``.
+
+    A frozen dataclass sets each field through ``object.__setattr__``: four times the cost, half of a whole decode.
+    """
+    names = [spec.name for spec in dataclasses.fields(record)]
+    return dataclasses.make_dataclass(f"_{record.__name__}", names, slots=True, eq=False)
+
+
+_MutableCost, _MutableResult, _MutableEntry = _mutable(Cost), _mutable(Result), _mutable(Entry)
 
 
 class _Codec(threading.local):
@@ -110,7 +128,7 @@ def encode_frame(key: Digest, action: Action, result: Result, run: str, created_
             dict(environment.recorded),
         ]
     )
-    packed_answer, packed_question = _pack(key, answer), _pack(key, question)
+    packed_answer, packed_question = _pack(key, answer, _MIN_ANSWER_BYTES), _pack(key, question, _MIN_QUESTION_BYTES)
     header = _HEADER.pack(
         MAGIC, FRAME_VERSION, key.value, len(packed_answer), len(answer), len(packed_question), len(question)
     )
@@ -119,31 +137,29 @@ def encode_frame(key: Digest, action: Action, result: Result, run: str, created_
 
 
 def decode_entry(key: Digest, frame: bytes) -> Entry:
-    """The entry under ``key``; the question stays packed. Cost: about 5 µs for 64 new tokens and their text.
+    """The entry under ``key``; the question stays packed. Cost: about 2 µs for 64 new tokens and their text.
 
     Raises:
         FrameError: the bytes are not a whole, unaltered entry of this very key; says what was expected and found.
     """
-    view, packed, raw, _, _ = _open(key, frame)
-    content = _content(key, view[_HEADER.size : _HEADER.size + packed], raw)
+    packed, raw, _, _ = _open(key, frame)
+    content = _content(key, frame, _HEADER_BYTES, packed, raw)
     try:
         tokens, text, logprobs, finish_reason, scalars, arrays, cost, run, created_at = content
         if not (type(tokens) is bytes and type(logprobs) is bytes and type(scalars) is dict and type(run) is str):
             raise TypeError("a field has another type")
-        return Entry(
-            key,
-            Result(
-                tokens,
-                text,
-                logprobs,
-                finish_reason,
-                scalars,
-                {name: Array(dtype, tuple(shape), data) for name, (dtype, shape, data) in arrays.items()} if arrays else {},
-                None if cost is None else Cost(*cost),
-            ),
-            run,
-            created_at,
-        )
+        if cost is not None:
+            cost = _MutableCost(*cost)
+            if not 0 <= cost.seconds < math.inf:
+                raise ValueError("a cost is not finite")
+            cost.__class__ = Cost
+        if arrays:
+            arrays = {name: Array(dtype, tuple(shape), data) for name, (dtype, shape, data) in arrays.items()}
+        result = _MutableResult(tokens, text, logprobs, finish_reason, scalars or _NOTHING, arrays or _NOTHING, cost)
+        result.__class__ = Result
+        entry = _MutableEntry(key, result, run, created_at)
+        entry.__class__ = Entry
+        return entry
     except (ValueError, TypeError, AttributeError) as error:
         raise _fault(key, f"the answer is not a result: {error}", "nine fields", type(content).__name__) from error
 
@@ -154,9 +170,8 @@ def decode_question(key: Digest, frame: bytes) -> Question:
     Raises:
         FrameError: as for `decode_entry`.
     """
-    view, packed_answer, _, packed, raw = _open(key, frame)
-    start = _HEADER.size + packed_answer
-    content = _content(key, view[start : start + packed], raw)
+    packed_answer, _, packed, raw = _open(key, frame)
+    content = _content(key, frame, _HEADER_BYTES + packed_answer, packed, raw)
     try:
         kind, model, settings, environment, tokens, inputs, recorded = content
         if not (type(kind) is str and type(tokens) is bytes and type(inputs) is dict and type(recorded) is dict):
@@ -188,50 +203,50 @@ def unseal(name: str, sealed: Any) -> bytes:
     return data
 
 
-def _pack(key: Digest, raw: bytes) -> bytes:
+def _pack(key: Digest, raw: bytes, least_bytes: int) -> bytes:
     if len(raw) > SEGMENT_LIMIT_BYTES:
         raise _fault(key, "a segment is larger than one entry may hold", SEGMENT_LIMIT_BYTES, len(raw))
-    if len(raw) < _MIN_PACKED_BYTES:
+    if len(raw) < least_bytes:
         return raw
     packed = _codec.pack(raw)
     return packed if len(packed) < len(raw) else raw
 
 
-def _open(key: Digest, frame: Any) -> tuple[memoryview, int, int, int, int]:
-    """Everything that can be checked without unpacking: magic, version, lengths, checksum, key."""
+def _open(key: Digest, frame: Any) -> list[int]:
+    """Everything that can be checked without unpacking: magic, version, lengths, checksum, key. Returns the four lengths."""
     if type(frame) is not bytes:
         raise _fault(key, "the row holds no bytes", "bytes", type(frame).__name__)
-    if len(frame) < _HEADER.size + SIZE_BYTES:
-        raise _fault(key, "the frame is too short", _HEADER.size + SIZE_BYTES, len(frame))
-    magic, version, owner, packed_answer, raw_answer, packed_question, raw_question = _HEADER.unpack_from(frame)
+    if len(frame) < _HEADER_BYTES + SIZE_BYTES:
+        raise _fault(key, "the frame is too short", _HEADER_BYTES + SIZE_BYTES, len(frame))
+    magic, version, owner, *lengths = _HEADER.unpack_from(frame)
     if magic != MAGIC:
         raise _fault(key, "the row is not a frame", MAGIC, magic)
     if version != FRAME_VERSION:
         raise _fault(key, "the frame has another version", FRAME_VERSION, version)
-    length = _HEADER.size + packed_answer + packed_question + SIZE_BYTES
+    length = _HEADER_BYTES + lengths[0] + lengths[2] + SIZE_BYTES
     if length != len(frame):
         raise _fault(key, "the frame's lengths do not add up", length, len(frame))
-    view = memoryview(frame)
-    found, expected = frame[-SIZE_BYTES:], checksum(view[:-SIZE_BYTES])
+    found, expected = frame[-SIZE_BYTES:], checksum(memoryview(frame)[:-SIZE_BYTES])
     if found != expected:
         raise _fault(key, "the frame was altered", expected.hex(), found.hex())
     if owner != key.value:
         raise _fault(key, "the frame belongs to another key", key.hex, owner.hex())
-    return view, packed_answer, raw_answer, packed_question, raw_question
+    return lengths
 
 
-def _content(key: Digest, packed: memoryview, raw: int) -> Any:
+def _content(key: Digest, frame: bytes, start: int, packed: int, raw: int) -> Any:
     """Unpack one segment, allocating at most what its header promised and never more than the limit."""
     if raw > SEGMENT_LIMIT_BYTES:
         raise _fault(key, "a segment claims to be larger than any may be", SEGMENT_LIMIT_BYTES, raw)
+    segment = frame[start : start + packed]
     try:
-        if len(packed) == raw:
-            return decode(bytes(packed))
-        # zstd allocates what its *own* header claims and ignores max_output_size where that is given: so ask first.
-        claimed = zstandard.frame_content_size(packed)
-        if claimed != raw:
-            raise _fault(key, "a segment's two lengths differ", raw, claimed)
-        return decode(_codec.unpack(packed, allow_extra_data=False))
+        if packed != raw:
+            # zstd allocates what its *own* header claims and ignores max_output_size where that is given: so ask first.
+            claimed = zstandard.frame_content_size(segment)
+            if claimed != raw:
+                raise _fault(key, "a segment's two lengths differ", raw, claimed)
+            segment = _codec.unpack(segment, allow_extra_data=False)
+        return decode(segment)
     except (zstandard.ZstdError, CanonicalError, OverflowError) as error:
         raise _fault(key, f"a segment cannot be read: {error}", "zstd over canonical CBOR", type(error).__name__) from error
 
