@@ -4,8 +4,7 @@ Nothing of a client is imported here. A hook waits for transformers' own modules
 imports them, so a process that meets no model pays for an ``import os``, prints nothing and creates nothing. Whatever goes wrong
 in here is one warning line on stderr, and the script runs bare.
 
-How a process ended is read from ``sys.last_value`` (set by Python before any excepthook, which therefore is left alone) and from
-the code given to ``sys.exit``; a bare ``raise SystemExit`` leaves no trace and counts as ``ok`` with an unknown exit code.
+How the process ended is `ending.py`'s business.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from evalcache.ending import how_it_ended, unwatch_exit, watch_exit
 from evalcache.importhook import ImportHook
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ TRIGGERS = ("transformers.generation.utils", "transformers.modeling_utils")
 """The modules that a script has imported before it can hold a model. ``transformers`` itself comes without torch, and importing
 more of it than the script does would show (time, messages of its optional parts)."""
 
+LATECOMERS = ("peft.peft_model",)
+"""Modules whose classes stand above those of transformers and are patched as well, whenever they come."""
+
 _current: Session | None = None
-_bare_exit = sys.exit
-_exit_seen: tuple[int, int, Any] | None = None
 
 
 class Session:
@@ -46,7 +47,7 @@ class Session:
         self._closed = False
         self._installed = False
         self._pid = os.getpid()
-        self._hook = ImportHook(TRIGGERS, self._install)
+        self._hooks = (ImportHook(TRIGGERS, self._install), ImportHook(LATECOMERS, self._install_again))
 
     @property
     def off(self) -> bool:
@@ -75,7 +76,8 @@ class Session:
         Args:
             status: ``ok``, ``failed`` or ``interrupted``. exit_code: of the process, where it is known.
         """
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         # A forked child inherits its parent's session, and the run is not the child's to end.
         if self._closed or os.getpid() != self._pid:
             return
@@ -114,6 +116,10 @@ class Session:
         except Exception as error:
             _warn(f"cannot hold on to transformers ({_say(error)}); running without it")
 
+    def _install_again(self) -> None:
+        if self._installed:
+            self._install()
+
     def _print_summary(self, cache: Cache) -> None:
         from evalcache.summary import calls_seen, format_summary
 
@@ -124,7 +130,7 @@ class Session:
             return
         why = _explain(cache) if counts.misses and not counts.hits else []
         ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
-        print(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks), file=sys.stderr, flush=True)
+        _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks))
 
 
 def enable(
@@ -205,53 +211,24 @@ def session_cache() -> Cache | None:
 
 
 def _start(session: Session, watch: bool = True) -> None:
-    sys.exit = _noting_exit
+    watch_exit(lambda: _progress(session))
     atexit.register(_at_exit, session)
     if watch:
-        session._hook.install()
+        for hook in session._hooks:
+            hook.install()
 
 
 def _end(session: Session, status: str, exit_code: int | None) -> None:
     global _current
     session.close(status, exit_code)
     atexit.unregister(_at_exit)
-    if sys.exit is _noting_exit:
-        sys.exit = _bare_exit
+    unwatch_exit()
     if _current is session:
         _current = None
 
 
 def _at_exit(session: Session) -> None:
-    session.close(*_how_it_ended(session))
-
-
-def _noting_exit(status: Any = None, /) -> None:
-    """`sys.exit`, which also notes the code for the ledger."""
-    import threading
-
-    global _exit_seen
-    session = _current
-    if session is not None and threading.current_thread() is threading.main_thread():
-        code = 0 if status is None else status if isinstance(status, int) else 1
-        _exit_seen = (int(code), _progress(session), _last_error())
-    _bare_exit(status)
-
-
-def _how_it_ended(session: Session) -> tuple[str, int | None]:
-    error = _last_error()
-    if _exit_seen is not None:
-        code, progress, error_then = _exit_seen
-        # Otherwise that SystemExit was caught: the script went on, asked for more, or failed later.
-        if progress == _progress(session) and error is error_then:
-            return ("ok" if code == 0 else "failed"), code
-        error = None if error is error_then else error
-    if error is not None and not hasattr(sys, "ps1"):  # at a prompt, the last error did not end anything
-        return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("failed", 1)
-    return "ok", None
-
-
-def _last_error() -> BaseException | None:
-    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    session.close(*how_it_ended())
 
 
 def _progress(session: Session) -> int:
@@ -288,4 +265,14 @@ def _say(error: BaseException) -> str:
 
 
 def _warn(text: str) -> None:
-    print(f"evalcache: warning: {text}", file=sys.stderr, flush=True)
+    _tell(f"evalcache: warning: {text}")
+
+
+def _tell(line: str) -> None:
+    stream = sys.stderr
+    if stream is None:
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError):
+        return  # closed, or its reader is gone: there is nobody to tell
