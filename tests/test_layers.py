@@ -20,7 +20,8 @@ LEVELS = {
     "errors": 0,
     "digest": 1,
     "importhook": 1,  # knows nothing of us
-    "printing": 1,  # nor does this
+    "ending": 1,  # nor does this
+    "printing": 1,  # nor this
     "canonical": 1.5,
     "records": 2,
     "manifest": 2,
