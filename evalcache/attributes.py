@@ -34,6 +34,8 @@ _NEVER = frozenset(
 )
 _NEVER_IN_CONFIG = frozenset(
     "_name_or_path name_or_path transformers_version _commit_hash architectures _attn_implementation_autoset _post_init_done "
+    # Kernels are part of the environment: the same weights under another kernel are the same model.
+    "_attn_implementation_internal _experts_implementation_internal "
     "id2label label2id problem_type finetuning_task task_specific_params torchscript _auto_class auto_map".split()
 )
 _FAST = frozenset({bool, int, str, type(None)})
@@ -164,9 +166,11 @@ def _is_ours_or_instance_method(module: Any, name: str, value: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    return any(cls.__name__ in ("PreTrainedConfig", "PretrainedConfig", "PeftConfigMixin", "QuantizationConfigMixin") for cls in type(value).__mro__)
+    return any(
+        cls.__name__ in ("PreTrainedConfig", "PretrainedConfig", "PeftConfigMixin", "QuantizationConfigMixin")
+        for cls in type(value).__mro__
+    )
 
 
 def _is_dataclass(value: Any) -> bool:
     return hasattr(type(value), "__dataclass_fields__")
-

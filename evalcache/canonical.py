@@ -41,7 +41,9 @@ def check_canonical(value: Any, path: str = "value") -> None:
             if type(item) not in _SCALARS:
                 check_canonical(item, f"{path}.{name}")
     else:
-        raise CanonicalError(f"{path} has no canonical encoding: {kind.__module__}.{kind.__qualname__}", path=path, found=kind.__name__)
+        raise CanonicalError(
+            f"{path} has no canonical encoding: {kind.__module__}.{kind.__qualname__}", path=path, found=kind.__name__
+        )
 
 
 def encode_canonical(value: Any) -> bytes:

@@ -50,7 +50,9 @@ _CLASS_NOISE = frozenset(
 )
 
 # Libraries whose functions others import as a matter of course; from elsewhere, they are a patch and hashed as one.
-_ORIGINS = frozenset("python torch numpy transformers huggingface_hub accelerate safetensors tokenizers packaging tqdm evalcache".split())
+_ORIGINS = frozenset(
+    "python torch numpy transformers huggingface_hub accelerate safetensors tokenizers packaging tqdm evalcache".split()
+)
 
 # Namespaces whose functions shape an answer although no class of the model is defined in them. They are only *guarded*
 # (nobody may have patched them); their content is covered by the library's version.
@@ -74,7 +76,7 @@ GUARDED_MODULES = (
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def library_of(filename: str) -> str | None:
     """The top-level package that a file of library code belongs to (``python`` for the standard library), else None."""
     if filename.startswith("<frozen "):
@@ -92,7 +94,7 @@ def library_of(filename: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def version_of(package: str) -> str | None:
     """Installed version of the distribution that provides a top-level package, None where there is none."""
     try:
@@ -203,9 +205,7 @@ class LibraryCode:
         Raises:
             FingerprintError: ``patched``, a guarded library module holds a function from a user's file.
         """
-        same = all(
-            all(map(_same, map(namespace.get, names), values)) for namespace, names, values in self._namespaces
-        ) and all(
+        same = all(all(map(_same, map(namespace.get, names), values)) for namespace, names, values in self._namespaces) and all(
             function.__code__ is code and function.__defaults__ is defaults and function.__kwdefaults__ is keywords
             for function, (code, defaults, keywords) in zip(self._functions, self._codes, strict=True)
         )
@@ -273,7 +273,9 @@ class LibraryCode:
                 for function in functions_in(value):
                     origin = self._origin(function, f"{where}.{name}")
                     if origin not in _ORIGINS and origin != where.split(".", 1)[0]:
-                        self.patches[f"{where}.{name}"] = digest_canonical([origin, version_of(origin) or "", code_value(function.__code__)])
+                        self.patches[f"{where}.{name}"] = digest_canonical(
+                            [origin, version_of(origin) or "", code_value(function.__code__)]
+                        )
             self._namespaces.append((vars(owner), tuple(names), tuple(values)))
 
     def _namespace(self, owner: Any, where: str) -> list[Any]:
@@ -406,9 +408,16 @@ class UserCode:
             return self._class(value)
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
-        if isinstance(value, (types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType, types.WrapperDescriptorType)):
+        if isinstance(
+            value, (types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType, types.WrapperDescriptorType)
+        ):
             return ["builtin", getattr(value, "__module__", None) or "", value.__qualname__]
-        if isinstance(value, (logging.Logger, types.GenericAlias)) or type(value).__module__ in ("typing", "re", "_thread", "_abc"):
+        if isinstance(value, (logging.Logger, types.GenericAlias)) or type(value).__module__ in (
+            "typing",
+            "re",
+            "_thread",
+            "_abc",
+        ):
             return ["ignored", type(value).__name__]
         return self._encode_other(value)
 
@@ -436,7 +445,10 @@ class UserCode:
         """A global that the code names; of a user's module, those of its attributes that the code may reach."""
         if isinstance(value, types.ModuleType) and library_of(getattr(value, "__file__", None) or "<frozen >") is None:
             inside = vars(value)
-            return ["module", [[name, self._global(inside[name], names)] for name in names if name in inside and inside[name] is not value]]
+            return [
+                "module",
+                [[name, self._global(inside[name], names)] for name in names if name in inside and inside[name] is not value],
+            ]
         return self._value(value)
 
     def _class(self, cls: type) -> Any:
@@ -460,7 +472,7 @@ class UserCode:
         return _source_digest(function.__code__.co_filename)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source_digest(filename: str) -> bytes:
     # Once per process: the code objects tell what is *running*; a file edited since then is another process's business.
     try:

@@ -142,7 +142,10 @@ class Manifest:
                     path: ModuleRecord(
                         Digest(digest),
                         class_name,
-                        {name: TensorRecord(Digest(d), dtype, tuple(shape), size) for name, (d, dtype, shape, size) in tensors.items()},
+                        {
+                            name: TensorRecord(Digest(d), dtype, tuple(shape), size)
+                            for name, (d, dtype, shape, size) in tensors.items()
+                        },
                         {kind: Digest(value) for kind, value in parts.items()},
                     )
                     for path, digest, class_name, tensors, parts in modules

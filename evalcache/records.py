@@ -28,6 +28,7 @@ UNCACHEABLE_REASONS: Mapping[str, str] = MappingProxyType(
         "criterion": "a stopping criterion is unknown or keeps state per row",
         "gradients": "the call builds a graph for backward",
         "hook": "a foreign forward hook, or a torch function or dispatch mode, is active",
+        "internal": "evalcache itself failed while keying the call; the warning says how",
         "max_time": "the answer depends on the clock",
         "off": "the policy is off",
         "output": "the call asks for outputs that are not stored (attentions, hidden states, past key values)",

@@ -250,7 +250,9 @@ class _Walk:
         base = self.visit(module.base_layer, f"{path}.base_layer" if path else "base_layer")
         self._path = path
         inner = self.modules[f"{path}.base_layer" if path else "base_layer"]
-        names = [name for name in module.active_adapters if any(name in getattr(module, kind) for kind in module.adapter_layer_names)]
+        names = [
+            name for name in module.active_adapters if any(name in getattr(module, kind) for kind in module.adapter_layer_names)
+        ]
         merged = list(module.merged_adapters)
         if merged and module.disable_adapters:
             raise FingerprintError(path, "merged adapters that are disabled are unmerged by the next forward", "unsupported")
@@ -281,7 +283,9 @@ class _Walk:
             if name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "scaling", "cast_input_dtype_enabled")
         }
         if any(adapter in (getattr(module, "lora_variant", None) or {}) for adapter in names):
-            switches["variant"] = [type(module.lora_variant[name]).__qualname__ if name in module.lora_variant else "" for name in names]
+            switches["variant"] = [
+                type(module.lora_variant[name]).__qualname__ if name in module.lora_variant else "" for name in names
+            ]
         parts = {
             "code": self._class_code(type(module), path),
             "adapter": digest_canonical([adapters, switches]),
@@ -319,7 +323,9 @@ class _Walk:
             return ["torch", str(value)]
         if isinstance(value, torch.device):
             return ["device"]  # where a module runs is never keyed; the device's type is part of the environment
-        raise FingerprintError(path, f"attribute of type {type(value).__module__}.{type(value).__qualname__} cannot be hashed exactly")
+        raise FingerprintError(
+            path, f"attribute of type {type(value).__module__}.{type(value).__qualname__} cannot be hashed exactly"
+        )
 
     def held(self, module: nn.Module, path: str) -> bytes:
         """Digest of a module that is reachable other than as a child."""
@@ -346,9 +352,13 @@ class _Walk:
         for kind in _HOOK_DICTS:
             for hook in (values.get(kind) or {}).values():
                 if not _module_of(hook).startswith(_HARMLESS_HOOKS):
-                    raise FingerprintError(path, f"{kind[1:]}: {_module_of(hook)}.{getattr(hook, '__qualname__', type(hook).__name__)}", "hook")
+                    raise FingerprintError(
+                        path, f"{kind[1:]}: {_module_of(hook)}.{getattr(hook, '__qualname__', type(hook).__name__)}", "hook"
+                    )
         accelerate = values.get("_hf_hook")
-        if accelerate is not None and any(type(hook).__module__ != "accelerate.hooks" for hook in getattr(accelerate, "hooks", [accelerate])):
+        if accelerate is not None and any(
+            type(hook).__module__ != "accelerate.hooks" for hook in getattr(accelerate, "hooks", [accelerate])
+        ):
             raise FingerprintError(path, f"hook {type(accelerate).__name__}", "hook")
         for name, value in values.items():
             if callable(value) and isinstance(getattr(type(module), name, None), (types.FunctionType, types.MethodType)):
@@ -379,7 +389,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and not hasattr(tensor.data if isinstance(tensor, nn.Parameter) else tensor, "__tensor_flatten__")
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and not hasattr(
+        tensor.data if isinstance(tensor, nn.Parameter) else tensor, "__tensor_flatten__"
+    )
 
 
 def _is_bitsandbytes(tensor: torch.Tensor) -> bool:
@@ -411,7 +423,11 @@ def _is_accelerates(forward: Any, module: nn.Module) -> bool:
 
 
 def _is_tuner(module: nn.Module) -> bool:
-    return hasattr(type(module), "merge") and hasattr(type(module), "adapter_layer_names") and "base_layer" in module.__dict__["_modules"]
+    return (
+        hasattr(type(module), "merge")
+        and hasattr(type(module), "adapter_layer_names")
+        and "base_layer" in module.__dict__["_modules"]
+    )
 
 
 def _is_peft_model(module: Any) -> bool:

@@ -1,0 +1,462 @@
+"""Cache: joins key, decide, store and ledger. The only file with effects on two things.
+
+Every call goes one way: check the model → keys → lookup → decide → compute the misses → check again → commit. A computed batch
+waits in memory until a check after it equals the check before it; only then does it enter the store, in one transaction with
+the journal rows that tell the ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+from evalcache.decide import decide
+from evalcache.digest import Digest
+from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError, LedgerLockedError, StoreError
+from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded, RunStarted
+from evalcache.key import key_of
+from evalcache.ledger import Ledger
+from evalcache.manifest import Manifest
+from evalcache.records import Action, Hit, Policy, Result, Uncacheable
+from evalcache.store import Store
+
+CHECK_SHARE = 0.01
+"""A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both."""
+FLUSH_S = 2.0
+SYNC_S = 30.0
+PENDING_S = 10.0
+
+Compute = Callable[[list[int]], list[Result]]
+"""Given the positions to compute (misses only, duplicates merged, in first-seen order), returns their results in that order."""
+
+
+@dataclass
+class Counts:
+    """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root."""
+
+    hits: int = 0
+    misses: int = 0
+    duplicates: int = 0
+    uncacheable: Counter[str] = field(default_factory=Counter)
+    model_loads: int = 0
+    model_load_seconds: float = 0.0
+    credited_seconds: float = 0.0
+    duplicate_seconds: float = 0.0
+    spent_seconds: float = 0.0
+    overhead: Counter[str] = field(default_factory=Counter)
+    models: dict[str, Digest] = field(default_factory=dict)
+    not_stored: int = 0
+
+
+@dataclass
+class _Batch:
+    """Computed results that wait for the check which lets them in."""
+
+    root: Digest
+    entries: list[tuple[Digest, Action, Result]]
+    since: float
+
+
+class Watch:
+    """One live model as the cache sees it.
+
+    Args:
+        fingerprint: reads every byte of the model and returns its manifest; called whenever control has been elsewhere.
+        name: what the caller calls the model. role: of a model among several in one run.
+    """
+
+    def __init__(self, fingerprint: Callable[[], Manifest], name: str = "", role: str = "") -> None:
+        self.name = name
+        self.role = role
+        self.manifest: Manifest | None = None
+        self.check_seconds = 0.0
+        self.lock = threading.RLock()
+        self._fingerprint = fingerprint
+        self._pending: list[_Batch] = []
+
+    def read(self) -> Manifest:
+        """Read the model now."""
+        began = time.perf_counter()
+        try:
+            self.manifest = self._fingerprint()
+        finally:
+            self.check_seconds = time.perf_counter() - began
+        return self.manifest
+
+
+class Cache:
+    """The store, the ledger and one run that uses them.
+
+    Args:
+        directory: None means ``EVALCACHE_DIR``, or the user's cache folder.
+        policy: None means ``EVALCACHE``, or ``use``. match: None means ``EVALCACHE_MATCH``, or ``portable``.
+        run: id of the run (UUID hex), so that several processes of one launch are one run.
+
+    Raises:
+        EvalCacheError: a setting is unknown. StoreError: the folder cannot be used.
+
+    Thread-safe. Cost: opening takes some 20 ms.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        policy: Policy | str | None = None,
+        match: str | None = None,
+        run: str | None = None,
+    ) -> None:
+        self.directory = default_directory() if directory is None else Path(directory)
+        self.policy = _policy(policy)
+        self.match = match or os.environ.get("EVALCACHE_MATCH") or "portable"
+        if self.match not in ("portable", "strict"):
+            raise EvalCacheError(f"unknown match {self.match!r}", hint="portable or strict", found=self.match)
+        self.run_id = run or uuid.uuid4().hex
+        self.counts = Counts()
+        self.store = Store(self.directory / "store")
+        self.ledger_path = self.directory / "ledger.duckdb"
+        self._lock = threading.RLock()
+        self._events: list[Event] = []
+        self._objects: dict[str, bytes] = {}
+        self._overhead_told: Counter[str] = Counter()
+        self._watches: list[Watch] = []
+        self._warned: set[str] = set()
+        self._flushed_at = self._synced_at = time.monotonic()
+        self._started = self._closed = self._broken = False
+
+    # --- one call ------------------------------------------------------------------------------------------------------
+
+    def open(self, watch: Watch) -> Manifest:
+        """Check the model before anything of it is served; lets the batches in that were computed since the last check.
+
+        Raises:
+            FingerprintError: the model cannot be hashed exactly now; what waited is not stored.
+        """
+        with watch.lock:
+            kind = "fingerprint" if watch.manifest is None else "checks"
+            try:
+                manifest = watch.read()
+            except FingerprintError:
+                self._drop(watch)
+                raise
+            finally:
+                self.counts.overhead[kind] += watch.check_seconds
+            self._settle(watch, manifest)
+            self._meet(watch, manifest)
+            return manifest
+
+    def serve(self, watch: Watch, actions: Sequence[Action], compute: Compute, *, client: str = "") -> list[Result]:
+        """Results for ``actions`` in their order: stored ones for hits, and ``compute`` for the others.
+
+        Equal actions are computed once. The caller has called `open`; what was computed is stored once a later check has
+        found the model unchanged.
+
+        Raises:
+            ReplayMissError: the policy is ``replay`` and an action is not in the store.
+        """
+        counts = self.counts
+        began = time.perf_counter()
+        keys = [key_of(action) for action in actions]
+        keyed = time.perf_counter()
+        first: dict[Digest, int] = {}
+        for position, key in enumerate(keys):
+            first.setdefault(key, position)
+        found = self._read(list(first)) if self.policy.reads else {}
+        lookups = {key: decide(self.policy, key, found.get(key)) for key in first}
+        counts.overhead["keys"] += keyed - began
+        counts.overhead["lookup"] += time.perf_counter() - keyed
+
+        missing = [position for key, position in first.items() if not isinstance(lookups[key], Hit)]
+        results: dict[Digest, Result] = {key: lookup.entry.result for key, lookup in lookups.items() if isinstance(lookup, Hit)}
+        if missing:
+            computed = compute(missing)
+            results |= {keys[position]: result for position, result in zip(missing, computed, strict=True)}
+            if self.policy.writes and watch.manifest is not None:
+                batch = [(keys[position], actions[position], results[keys[position]]) for position in missing]
+                self._wait_for_check(watch, batch)
+        self._tell_lookups(watch, keys, first, lookups, results, client)
+        return [results[key] for key in keys]
+
+    def uncacheable(
+        self, reason: str, detail: str = "", *, requests: int = 1, seconds: float | None = None, client: str = ""
+    ) -> None:
+        """Count requests that ran as if evalcache were not there, with the reason."""
+        with self._lock:
+            self.counts.uncacheable[reason] += requests
+            if seconds is not None:
+                self.counts.spent_seconds += seconds
+            share = None if seconds is None else seconds / requests
+            root = next(iter(self.counts.models.values()), None)
+            self._events.append(
+                LookedUp(
+                    self.run_id,
+                    time.time(),
+                    root.value if root else b"",
+                    client,
+                    "",
+                    (b"",) * requests,
+                    ("uncacheable",) * requests,
+                    (f"{reason}: {detail}" if detail else reason,) * requests,
+                    (share,) * requests,
+                )
+            )
+        self._flush_soon()
+
+    def get_object(self, name: str) -> bytes | None:
+        """A shared object's bytes, from what waits or from the store; a fault reads as absent."""
+        with self._lock:
+            if name in self._objects:
+                return self._objects[name]
+        try:
+            return self.store.get_object(name) if self.policy.reads else None
+        except StoreError as error:
+            self._warn_once(error)
+            return None
+
+    def put_object(self, name: str, data: bytes) -> None:
+        """Keep a shared object with the next commit."""
+        with self._lock:
+            self._objects[name] = data
+
+    def warn(self, text: str) -> None:
+        """Warn, each text once a run."""
+        with self._lock:
+            if text in self._warned:
+                return
+            self._warned.add(text)
+        warnings.warn(text, EvalCacheWarning, stacklevel=2)
+
+    def loaded(self, root: Digest, seconds: float) -> None:
+        """Note that weights were loaded, and how long it took."""
+        with self._lock:
+            self.counts.model_loads += 1
+            self.counts.model_load_seconds += seconds
+            self._events.append(ModelLoaded(self.run_id, root.value, seconds))
+
+    def watch(self, watch: Watch) -> Watch:
+        """Register a watch, so that `close` makes the last check for it."""
+        with self._lock:
+            self._watches.append(watch)
+        return watch
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Check what waits, and write everything that is due."""
+        for watch in list(self._watches):
+            if watch._pending:
+                # A refusal has dropped and counted what waited.
+                with contextlib.suppress(FingerprintError):
+                    self.open(watch)
+        self._commit([])
+
+    def close(self, status: str = "ok", exit_code: int | None = None) -> None:
+        """End the run: last checks, last commit, sync. Faults are warnings; closing twice does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.flush()
+        if self._started:
+            self._events.append(RunEnded(self.run_id, time.time(), status, exit_code))
+            self._commit([])
+            self.sync()
+        self.store.close()
+
+    def sync(self) -> None:
+        """Bring the ledger up to date. A ledger that somebody else holds delays this and nothing else."""
+        if self.policy is Policy.READ_ONLY:
+            return
+        began = time.perf_counter()
+        try:
+            Ledger(self.ledger_path).sync(self.store)
+        except LedgerLockedError:
+            pass  # the journal keeps what waits
+        except (EvalCacheError, OSError) as error:
+            warnings.warn(f"the ledger was not brought up to date: {error}", EvalCacheWarning, stacklevel=2)
+        self.counts.overhead["sync"] += time.perf_counter() - began
+        self._synced_at = time.monotonic()
+
+    # --- inside --------------------------------------------------------------------------------------------------------
+
+    def _read(self, keys: list[Digest]) -> Mapping:
+        try:
+            return self.store.get_many(keys)
+        except StoreError as error:
+            self._warn_once(error)
+            return {}
+
+    def _meet(self, watch: Watch, manifest: Manifest) -> None:
+        with self._lock:
+            name = watch.name or str(manifest.about.get("name") or manifest.about.get("class") or "model")
+            if self.counts.models.get(name) == manifest.root:
+                return
+            self.counts.models[name] = manifest.root
+            self._objects[f"model/{manifest.root.hex}"] = manifest.to_bytes()
+            self._events.append(ModelSeen(self.run_id, manifest.root.value, name, watch.role))
+
+    def _wait_for_check(self, watch: Watch, entries: list[tuple[Digest, Action, Result]]) -> None:
+        assert watch.manifest is not None
+        with watch.lock:
+            watch._pending.append(_Batch(watch.manifest.root, entries, time.monotonic()))
+            busy_s = sum(result.cost.seconds for _, _, result in entries if result.cost)
+            waited_s = time.monotonic() - watch._pending[0].since
+            if watch.check_seconds < CHECK_SHARE * busy_s or waited_s > PENDING_S:
+                # A refusal has dropped and counted what waited.
+                with contextlib.suppress(FingerprintError):
+                    self.open(watch)
+
+    def _settle(self, watch: Watch, manifest: Manifest) -> None:
+        batches, watch._pending = watch._pending, []
+        good = [entry for batch in batches if batch.root == manifest.root for entry in batch.entries]
+        self._count_dropped(sum(len(batch.entries) for batch in batches) - len(good))
+        if good:
+            self._commit(good)
+
+    def _drop(self, watch: Watch) -> None:
+        batches, watch._pending = watch._pending, []
+        self._count_dropped(sum(len(batch.entries) for batch in batches))
+
+    def _count_dropped(self, number: int) -> None:
+        # The caller has these answers; the store must not, since nobody can say which weights made them.
+        if number:
+            self.counts.not_stored += number
+            self.counts.misses -= number
+            self.counts.uncacheable["changed"] += number
+
+    def _tell_lookups(self, watch, keys, first, lookups, results, client) -> None:
+        outcomes, reasons, seconds = [], [], []
+        counts = self.counts
+        with self._lock:
+            for position, key in enumerate(keys):
+                cost = results[key].cost
+                spent = cost.seconds if cost else None
+                lookup = lookups[key]
+                if first[key] != position:
+                    outcome, reason = "duplicate", ""
+                    counts.duplicates += 1
+                    counts.duplicate_seconds += spent or 0.0
+                elif isinstance(lookup, Hit):
+                    outcome, reason = "hit", ""
+                    counts.hits += 1
+                    counts.credited_seconds += spent or 0.0
+                elif isinstance(lookup, Uncacheable):
+                    outcome, reason = "uncacheable", lookup.reason
+                    counts.uncacheable[lookup.reason] += 1
+                else:
+                    outcome, reason = "miss", lookup.reason
+                    counts.misses += 1
+                    counts.spent_seconds += spent or 0.0
+                outcomes.append(outcome)
+                reasons.append(reason)
+                seconds.append(spent)
+            root = watch.manifest.root.value if watch.manifest else b""
+            self._events.append(
+                LookedUp(
+                    self.run_id,
+                    time.time(),
+                    root,
+                    client,
+                    watch.role,
+                    tuple(key.value for key in keys),
+                    tuple(outcomes),
+                    tuple(reasons),
+                    tuple(seconds),
+                )
+            )
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if time.monotonic() - self._flushed_at > FLUSH_S:
+            self._commit([])
+        if time.monotonic() - self._synced_at > SYNC_S:
+            self.sync()
+
+    def _commit(self, entries: list[tuple[Digest, Action, Result]]) -> None:
+        """One transaction with everything that is due. A fault is a warning: the answers are with the caller."""
+        if self.policy is Policy.READ_ONLY or self._broken:
+            self._events.clear()
+            return
+        began = time.perf_counter()
+        with self._lock:
+            if not self._started and (self._events or entries):
+                self._started = True
+                self._events.insert(0, self._run_started())
+            due = {kind: value - self._overhead_told[kind] for kind, value in self.counts.overhead.items()}
+            due = {kind: value for kind, value in due.items() if value > 0}
+            if due and self._started:
+                self._events.append(Overhead(self.run_id, time.time(), due))
+                self._overhead_told.update(due)
+            events, self._events = self._events, []
+            objects, self._objects = self._objects, {}
+        self._flushed_at = time.monotonic()
+        if not (entries or events or objects):
+            return
+        try:
+            self.store.commit(entries, events, objects, run=self.run_id, created_at=time.time())
+        except EvalCacheError as error:
+            self._warn_once(error)
+        self.counts.overhead["write"] += time.perf_counter() - began
+
+    def _run_started(self) -> RunStarted:
+        return RunStarted(
+            run=self.run_id,
+            started_at=time.time(),
+            command=os.environ.get("EVALCACHE_COMMAND") or " ".join(sys.argv),
+            versions=_versions(),
+            git_commit=_git_commit(),
+            host=socket.gethostname(),
+            policy=self.policy.value,
+            match=self.match,
+        )
+
+    def _warn_once(self, error: Exception) -> None:
+        if not self._broken:
+            self._broken = True
+            warnings.warn(f"the store does not answer, this run goes on without it: {error}", EvalCacheWarning, stacklevel=3)
+
+
+def default_directory() -> Path:
+    """``EVALCACHE_DIR``, or the user's cache folder."""
+    given = os.environ.get("EVALCACHE_DIR")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("evalcache"))
+
+
+def _policy(policy: Policy | str | None) -> Policy:
+    given = policy if policy is not None else os.environ.get("EVALCACHE") or "use"
+    try:
+        return Policy(given)
+    except ValueError:
+        names = ", ".join(one.value for one in Policy)
+        raise EvalCacheError(f"unknown policy {given!r}", hint=f"EVALCACHE is one of {names}", found=given) from None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "peft", "lm_eval", "inspect_ai", "lighteval"):
+        module = sys.modules.get(package)
+        if module is not None and isinstance(version := getattr(module, "__version__", None), str):
+            versions[package] = str(version)
+    return versions
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder that the run was started in, if it is a checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,110 @@
+"""What the runtime is: everything beside the model and the request that shapes an answer.
+
+*Keyed* is what may change a token: precision, kernels, versions. *Recorded* is what may change the last bits of a float (the
+device's name, the batch): it is stored with each entry, and keyed under ``EVALCACHE_MATCH=strict``.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evalcache.code import version_of
+from evalcache.errors import EvalCacheError
+from evalcache.records import Environment, Fields
+
+MATCHES = ("portable", "strict")
+
+
+def describe_environment(
+    model: Any, match: str = "portable", *, device: str | None = None, engine: str = "transformers"
+) -> Environment:
+    """The environment in which ``model`` would answer now.
+
+    Args:
+        model: a module with a transformers config, or anything that has ``config``; a model that is not loaded yet will do.
+        match: ``portable`` or ``strict``.
+        device: type of device, for a model that is not loaded yet; else that of its parameters.
+        engine: the package that computes.
+
+    Raises:
+        EvalCacheError: ``match`` is neither.
+
+    Cost: 50 µs.
+    """
+    if match not in MATCHES:
+        raise EvalCacheError(f"unknown match {match!r}", hint=f"one of {', '.join(MATCHES)}", found=match)
+    kind = device or device_type(model)
+    keyed: dict[str, Any] = {
+        "engine": engine,
+        "engine_version": version_of(engine) or "",
+        "torch": str(torch.__version__),
+        "device": kind,
+        "dtype": _short(getattr(model, "dtype", None)),
+        "default_dtype": _short(torch.get_default_dtype()),
+        "autocast": _short(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "",
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "compiled": type(model).__name__ == "OptimizedModule",
+        "kernels": _kernels(getattr(model, "config", None)),
+        "sdp": [
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        ],
+    }
+    if kind == "cuda":
+        matmul = torch.backends.cuda.matmul
+        keyed["reduced_precision"] = [
+            str(matmul.allow_fp16_reduced_precision_reduction),
+            str(matmul.allow_bf16_reduced_precision_reduction),
+            torch.backends.cudnn.allow_tf32,
+        ]
+    recorded = {"device_name": device_name(kind), "deterministic": torch.are_deterministic_algorithms_enabled()}
+    return Environment(Fields(keyed | ({"strict": recorded} if match == "strict" else {})), recorded)
+
+
+def device_type(model: Any) -> str:
+    """The device types of a model's parameters, joined by ``+``; ``meta`` parameters are offloaded ones and do not count."""
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    return "+".join(sorted(kinds)) if kinds else "cpu"
+
+
+@functools.cache
+def device_name(kind: str) -> str:
+    """The device's name as its maker prints it."""
+    if kind.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
+
+
+def _kernels(config: Any) -> dict[str, list[str]]:
+    """Attention and expert kernels of a config and of those nested in it; `to_dict` leaves them out."""
+    found: dict[str, list[str]] = {}
+
+    def visit(path: str, one: Any) -> None:
+        attention = getattr(one, "_attn_implementation", None)
+        experts = getattr(one, "_experts_implementation", None)
+        found[path] = [str(attention or ""), str(experts or "")]
+        for name in getattr(one, "sub_configs", None) or {}:
+            inner = getattr(one, name, None)
+            if inner is not None and not isinstance(inner, Mapping):
+                visit(f"{path}.{name}" if path else name, inner)
+
+    if config is not None:
+        visit("", config)
+    return found
+
+
+def _short(dtype: Any) -> str:
+    return "" if dtype is None else str(dtype).removeprefix("torch.")

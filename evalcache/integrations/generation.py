@@ -1,0 +1,501 @@
+"""A call of ``generate`` → Requests, and Results → what ``generate`` returns. Runs no model.
+
+A call is resolved as the engine itself resolves it (its own methods are asked), so settings that are given in another way but
+have the same effect share a key. Each row is a Request of its own where rows do not depend on each other; the whole batch is
+one Request where they do: sampling, scores, stop strings in a batch, rotary embeddings that depend on the longest row.
+
+Raises `UncacheableError` for what cannot be keyed; the caller then runs the call untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from evalcache.canonical import digest_canonical
+from evalcache.digest import digest_bytes
+from evalcache.errors import CanonicalError, UncacheableError
+from evalcache.integrations.processors import describe_criteria, describe_processors, tokenizer_digest
+from evalcache.records import Array, Fields, Request, Result, pack_tokens, unpack_tokens
+from evalcache.weights import tensor_bytes
+
+# Settings that choose the form of what comes back, or speed, and never a token.
+_NEUTRAL = frozenset(
+    "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate transformers_version "
+    "_from_model_config compile_config disable_compile max_length min_length max_new_tokens min_new_tokens is_assistant "
+    "continuous_batching_config bos_token_id low_memory".split()
+)
+_ONLY_SAMPLING = frozenset("temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff top_h".split())
+_ONLY_BEAMS = frozenset("length_penalty early_stopping num_beam_groups diversity_penalty".split())
+_ONLY_ASSISTED = frozenset(
+    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind "
+    "assistant_ensemble_weight speculation_type max_matching_ngram_size".split()
+)
+_REFUSED = {
+    "prompt_lookup_num_tokens": "assistant",
+    "assistant_early_exit": "assistant",
+    "use_mtp": "assistant",
+    "max_time": "max_time",
+}
+# Settings whose processors look at padding: values at which they do nothing.
+_PAD_SENSITIVE: dict[str, tuple[Any, ...]] = {
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "watermarking_config": (None,),
+    "guidance_scale": (None, 1, 1.0),
+}
+_ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask".split())
+_BATCH_TENSORS = frozenset(
+    "pixel_values pixel_attention_mask pixel_values_videos image_grid_thw video_grid_thw image_sizes input_features "
+    "input_values encoder_attention_mask cross_attention_mask aspect_ratio_ids aspect_ratio_mask mm_token_type_ids".split()
+)
+_PLAIN_ARGUMENTS = frozenset({"use_cache", "logits_to_keep", "return_dict"})
+_MODES = frozenset({"greedy_search", "sample", "beam_search", "beam_sample"})
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a model's rows depend on, as the probe found: ``rows`` on nothing but themselves; on padding ``left``, ``right`` not."""
+
+    rows: bool
+    left: bool
+    right: bool
+
+
+@dataclass(slots=True)
+class Call:
+    """One resolved call.
+
+    Args:
+        ids: ``(batch, width) int64`` prompt (of the encoder, in an encoder–decoder model). mask: the same shape, 0 or 1.
+        prefix: ``(batch, n)`` tokens that each returned row begins with.
+        requests: one per row, or a single one for the whole batch.
+    """
+
+    arguments: dict[str, Any]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    prefix: torch.Tensor
+    whole: bool
+    samples: bool
+    requests: list[Request]
+    returned: int
+    end_ids: frozenset[int]
+    fill_id: int
+    row_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    config: Any = None
+    encoder_decoder: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the prompt batch."""
+        return self.ids.shape[0]
+
+
+_SIGNATURE: inspect.Signature | None = None
+
+
+def bind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``generate`` by name, those in ``**kwargs`` beside the named ones; None for what was not given.
+
+    Raises:
+        UncacheableError: they do not fit; the untouched call will say so itself.
+    """
+    global _SIGNATURE
+    if _SIGNATURE is None:
+        from transformers.generation.utils import GenerationMixin
+
+        _SIGNATURE = inspect.signature(inspect.unwrap(GenerationMixin.generate))
+    try:
+        bound = _SIGNATURE.bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise UncacheableError("argument", str(error)) from error
+    named = dict(bound.arguments)
+    named.pop("self", None)
+    return named.pop("kwargs", {}) | named
+
+
+def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
+    """Resolve a call into Requests.
+
+    Args:
+        model: the transformers model that would generate; may be hollow (config and generation config only).
+        arguments: from `bind`. traits: what its rows depend on.
+
+    Raises:
+        UncacheableError: with the reason.
+    """
+    given = dict(arguments)
+    _refuse(given)
+    processors = describe_processors(given.pop("logits_processor", None))
+    criteria = describe_criteria(given.pop("stopping_criteria", None))
+    for name in ("prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer", "negative_prompt_ids"):
+        given.pop(name, None)
+    for name in ("negative_prompt_attention_mask", "custom_generate", "assistant_tokenizer", "trust_remote_code"):
+        given.pop(name, None)
+    tokenizer = given.pop("tokenizer", None)
+    base = given.pop("generation_config", None)
+    inputs = given.pop("inputs", None)
+    ids = inputs if inputs is not None else given.pop("input_ids", None)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise UncacheableError("unsupported", "the prompt is not a (batch, width) tensor of token ids")
+
+    default_max, default_min = (_is_default(model, base, given, name) for name in ("max_length", "min_length"))
+    config, others = model._prepare_generation_config(base, **given)
+    mask = others.pop("attention_mask", None)
+    model._prepare_special_tokens(config, mask is not None, device=ids.device, batch_size=ids.shape[0])
+    if mask is None:
+        mask = model._prepare_attention_mask_for_generation(ids, config, {})
+    if mask.shape != ids.shape:
+        raise UncacheableError("argument", f"attention_mask of shape {tuple(mask.shape)}")
+    row_tensors, batch_tensors, plain = _sort_arguments(others, ids.shape[0])
+
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    if encoder_decoder:
+        prefix = row_tensors.get("decoder_input_ids")
+        if prefix is None:
+            start = config._decoder_start_token_tensor
+            prefix = ids.new_full((ids.shape[0], 1), int(start.reshape(-1)[0]))
+            if start.numel() > 1:
+                raise UncacheableError("unsupported", "a start token for each row")
+        elif bool((prefix[:, 0] != config._decoder_start_token_tensor).all()):
+            # The engine puts the start token before ids that do not begin with it.
+            raise UncacheableError("unsupported", "decoder_input_ids without the start token")
+    else:
+        prefix = ids
+    config = model._prepare_generated_length(
+        generation_config=config,
+        has_default_max_length=default_max,
+        has_default_min_length=default_min,
+        model_input_name="input_ids",
+        input_ids_length=prefix.shape[1],
+        inputs_tensor=ids,
+    )
+    settings = _settings(config, prefix.shape[1], encoder_decoder)
+    mode = str(getattr(config.get_generation_mode(None), "value", ""))
+    if mode not in _MODES:
+        raise UncacheableError("unsupported", f"generation mode {mode}")
+    settings["processors"], settings["criteria"] = processors, criteria
+    if config.stop_strings is not None:
+        settings["tokenizer"] = tokenizer_digest(tokenizer)
+    if plain:
+        settings["arguments"] = plain
+
+    ends = config._eos_token_tensor
+    samples = bool(config.do_sample)
+    scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+    stops = config.stop_strings is not None or bool(criteria)
+    whole = samples or scores or bool(batch_tensors) or (ids.shape[0] > 1 and (stops or not traits.rows))
+    sensitive = bool(processors or criteria) or any(
+        settings.get(name) not in neutral for name, neutral in _PAD_SENSITIVE.items() if name in settings
+    )
+    call = Call(
+        arguments=arguments,
+        ids=ids,
+        mask=mask,
+        prefix=prefix,
+        whole=whole,
+        samples=samples,
+        requests=[],
+        returned=int(config.num_return_sequences or 1),
+        end_ids=frozenset(() if ends is None else ends.tolist()),
+        fill_id=_fill_id(config),
+        row_tensors=row_tensors,
+        config=config,
+        encoder_decoder=encoder_decoder,
+    )
+    try:
+        if whole:
+            settings["output"] = [bool(config.return_dict_in_generate), bool(config.output_scores), bool(config.output_logits)]
+            call.requests = [_batch_request(call, Fields(settings), batch_tensors)]
+        else:
+            fields = Fields(settings)
+            call.requests = _row_requests(call, fields, traits, sensitive)
+    except CanonicalError as error:
+        raise UncacheableError("argument", str(error)) from error
+    return call
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    if given.get("streamer") is not None:
+        raise UncacheableError("streamer")
+    if given.get("assistant_model") is not None or given.get("assistant_tokenizer") is not None:
+        raise UncacheableError("assistant")
+    if given.get("prefix_allowed_tokens_fn") is not None:
+        raise UncacheableError("processor", "prefix_allowed_tokens_fn")
+    if given.get("past_key_values") is not None:
+        raise UncacheableError("past_key_values")
+    if given.get("adapter_names") is not None:
+        raise UncacheableError("adapter_names")
+    for name in ("negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate"):
+        if given.get(name) is not None:
+            raise UncacheableError("argument", name)
+
+
+def _is_default(model: Any, base: Any, given: Mapping[str, Any], name: str) -> bool:
+    return (
+        given.get(name) is None
+        and (base is None or getattr(base, name) is None)
+        and getattr(model.generation_config, name) is None
+    )
+
+
+def _sort_arguments(others: Mapping[str, Any], rows: int) -> tuple[dict, dict, dict]:
+    """Model arguments by how they are keyed: a tensor's rows, tensors of the whole batch, plain values."""
+    row_tensors: dict[str, torch.Tensor] = {}
+    batch_tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {}
+    for name, value in others.items():
+        if value is None:
+            continue
+        if name in ("output_attentions", "output_hidden_states"):
+            raise UncacheableError("output", name)
+        if isinstance(value, torch.Tensor) and name in _ROW_TENSORS and value.shape[:1] == (rows,):
+            row_tensors[name] = value
+        elif isinstance(value, torch.Tensor) and name in _BATCH_TENSORS:
+            batch_tensors[name] = value
+        elif name in _PLAIN_ARGUMENTS and type(value) in (bool, int):
+            plain[name] = value
+        else:
+            raise UncacheableError("argument", f"{name} of type {type(value).__name__}")
+    return row_tensors, batch_tensors, plain
+
+
+def _settings(config: Any, prefix_length: int, encoder_decoder: bool) -> dict[str, Any]:
+    """The effective settings: resolved, inactive ones dropped, lengths as numbers of new tokens."""
+    values = {name: value for name, value in config.to_dict().items() if value is not None and name not in _NEUTRAL}
+    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    for name, reason in _REFUSED.items():
+        if values.get(name):
+            raise UncacheableError(reason, name)
+    if config.output_attentions or config.output_hidden_states:
+        raise UncacheableError("output", "attentions or hidden states")
+    if values.get("cache_implementation") == "paged" or values.get("token_healing"):
+        raise UncacheableError("unsupported", "paged cache or token healing")
+    inactive = set(_ONLY_ASSISTED)
+    if not config.do_sample:
+        inactive |= _ONLY_SAMPLING
+    if (config.num_beams or 1) == 1:
+        inactive |= _ONLY_BEAMS
+    if not encoder_decoder:
+        inactive |= {"decoder_start_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"}
+    for name in inactive:
+        values.pop(name, None)
+    values["max_new_tokens"] = config.max_length - prefix_length
+    values["min_new_tokens"] = max(0, (config.min_length or 0) - prefix_length)
+    ends = values.pop("eos_token_id", None)
+    values["end_ids"] = [] if ends is None else sorted({ends} if isinstance(ends, int) else set(ends))
+    values.pop("pad_token_id", None)
+    pad = config._pad_token_tensor
+    values["pad_id"] = None if pad is None else int(pad.reshape(-1)[0])
+    return {name: _canonical(value) for name, value in values.items()}
+
+
+def _fill_id(config: Any) -> int:
+    """What the engine puts after the end of a row that is shorter than its neighbours."""
+    pad, ends = config._pad_token_tensor, config._eos_token_tensor
+    pad_id = 0 if pad is None else int(pad.reshape(-1)[0])
+    if (config.num_beams or 1) == 1:
+        return pad_id
+    # As beam search has it: an id of 0 counts as none.
+    return -1 if ends is None else pad_id or int(ends[0])
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, dict):
+        if all(type(key) is str for key in value):
+            return {key: _canonical(item) for key, item in value.items()}
+        return sorted(([_canonical(key), _canonical(item)] for key, item in value.items()), key=repr)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return value
+
+
+def _row_requests(call: Call, settings: Fields, traits: Traits, sensitive: bool) -> list[Request]:
+    ids, mask = call.ids.cpu().numpy(), call.mask.cpu().numpy() != 0
+    width = ids.shape[1]
+    requests = []
+    for row in range(call.rows):
+        kept = mask[row]
+        inputs: dict[str, Any] = {}
+        places = kept.nonzero()[0]
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, width - 1)
+        # What stands after the last real token is padding to an encoder, but a decoder goes on from there.
+        end = last + 1 if call.encoder_decoder else width
+        padded_left, padded_right = first > 0, end < width
+        if not len(places) or sensitive or (padded_left and not traits.left) or (padded_right and not traits.right):
+            inputs["padded"] = pack_tokens(ids[row])
+            inputs["mask"] = kept.tobytes()
+        elif not kept[first:end].all():
+            # Holes within the row, and padding after it that a decoder reads: their pattern, and what stands there.
+            inputs["span"] = pack_tokens(ids[row, first:end])
+            inputs["mask"] = kept[first:end].tobytes()
+        for name, tensor in call.row_tensors.items():
+            values = tensor[row]
+            if name == "position_ids" and values.shape == (width,) and "padded" not in inputs:
+                values = values[first:end]
+            inputs[name] = digest_bytes(tensor_bytes(values)).value
+            inputs[f"{name}.shape"] = list(values.shape)
+        requests.append(Request("generate", pack_tokens(ids[row][kept]), settings, inputs))
+    return requests
+
+
+def _batch_request(call: Call, settings: Fields, batch_tensors: Mapping[str, torch.Tensor]) -> Request:
+    inputs: dict[str, Any] = {
+        "ids": pack_tokens(call.ids.cpu().numpy()),
+        "mask": (call.mask.cpu().numpy() != 0).tobytes(),
+        "shape": list(call.ids.shape),
+    }
+    for name, tensor in {**call.row_tensors, **batch_tensors}.items():
+        inputs[name] = [str(tensor.dtype), list(tensor.shape), digest_bytes(tensor_bytes(tensor)).value]
+    if call.samples:
+        inputs["generators"] = [digest_bytes(tensor_bytes(state)).value for state in generator_states(call.ids.device)]
+    return Request("generate_batch", inputs["ids"], settings, inputs)
+
+
+def generator_states(device: torch.device) -> list[torch.Tensor]:
+    """States of the generators that sampling on ``device`` draws from: the host's, and the device's own. ``(n,) uint8`` each."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def restore_generators(states: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Set the generators to the states that followed a stored sample, so that later draws go on as they would have."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def select_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
+    """Arguments of the same call for some of its rows, at the caller's padded width: never re-padded."""
+    if list(rows) == list(range(call.rows)):
+        return dict(call.arguments)
+    index = torch.as_tensor(list(rows), device=call.ids.device)
+    chosen = dict(call.arguments)
+    for name in ("inputs", "input_ids", "attention_mask", *call.row_tensors):
+        value = chosen.get(name)
+        if isinstance(value, torch.Tensor):
+            chosen[name] = value.index_select(0, index.to(value.device))
+    return chosen
+
+
+def row_results(call: Call, output: Any, rows: int) -> list[Result]:
+    """What ``generate`` returned for ``rows`` rows, as one Result each: tokens up to the row's own end."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    new = sequences[:, call.prefix.shape[1] :].cpu().numpy()
+    results = []
+    for row in range(rows):
+        mine = [_until_end(call, new[row * call.returned + number], rows) for number in range(call.returned)]
+        reason = "stop" if call.end_ids and len(mine[0]) and int(mine[0][-1]) in call.end_ids else "length"
+        scalars: dict[str, Any] = {}
+        if call.returned > 1:
+            scalars["sequences"] = [pack_tokens(tokens) for tokens in mine[1:]]
+        results.append(Result(tokens=pack_tokens(mine[0]), finish_reason=reason, scalars=scalars))
+    return results
+
+
+def _until_end(call: Call, tokens: Any, rows: int) -> Any:
+    # What follows a row's end is padding, as long as its longest neighbour: not the row's own.
+    for place, token in enumerate(tokens.tolist()):
+        if token in call.end_ids:
+            return tokens[: place + 1]
+    return tokens
+
+
+def assemble_rows(call: Call, results: Sequence[Result]) -> Any:
+    """What ``generate`` would have returned for these rows: padded again to the longest of them."""
+    rows = []
+    for result in results:
+        rows.append(unpack_tokens(result.tokens))
+        rows += [unpack_tokens(more) for more in result.scalars.get("sequences", ())]
+    longest = max(len(row) for row in rows)
+    new = torch.full((len(rows), longest), call.fill_id, dtype=call.prefix.dtype)
+    for place, row in enumerate(rows):
+        new[place, : len(row)] = torch.from_numpy(row.astype("int64"))
+    prefix = call.prefix if call.returned == 1 else call.prefix.repeat_interleave(call.returned, dim=0)
+    sequences = torch.cat([prefix, new.to(prefix.device)], dim=1)
+    return _output(call, {"sequences": sequences}) if call.config.return_dict_in_generate else sequences
+
+
+def batch_result(call: Call, output: Any) -> Result:
+    """A whole batch's output as one Result; for samples, with the states of the generators that followed.
+
+    Raises:
+        UncacheableError: ``output``, it holds something that is not stored.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    if isinstance(output, torch.Tensor):
+        parts["sequences"] = output
+    else:
+        for name, value in output.items():
+            if name == "past_key_values" or value is None:
+                continue
+            if isinstance(value, torch.Tensor):
+                parts[name] = value
+            elif isinstance(value, tuple) and name in ("scores", "logits"):
+                parts[name] = torch.stack(value)
+            else:
+                raise UncacheableError("output", name)
+    arrays = {name: to_array(tensor) for name, tensor in parts.items()}
+    if call.samples:
+        arrays |= {f"generator.{place}": to_array(state) for place, state in enumerate(generator_states(call.ids.device))}
+    new = parts["sequences"][:, call.prefix.shape[1] :]
+    return Result(tokens=pack_tokens(new.cpu().numpy().reshape(-1)), arrays=arrays)
+
+
+def assemble_batch(call: Call, result: Result) -> Any:
+    """What ``generate`` returned for a stored batch; sets the generators to what followed."""
+    device = call.ids.device
+    tensors = {name: to_tensor(array) for name, array in result.arrays.items()}
+    states = [tensors[name] for name in sorted(tensors) if name.startswith("generator.")]
+    if states:
+        restore_generators(states, device)
+    values: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items() if not name.startswith("generator.")}
+    if not call.config.return_dict_in_generate:
+        return values["sequences"]
+    for name in ("scores", "logits"):
+        if name in values:
+            values[name] = tuple(values[name].unbind(0))
+    return _output(call, values)
+
+
+def _output(call: Call, values: dict[str, Any]) -> Any:
+    from transformers.generation import utils
+
+    beams = (call.config.num_beams or 1) > 1
+    kind = f"Generate{'Beam' if beams else ''}{'EncoderDecoder' if call.encoder_decoder else 'DecoderOnly'}Output"
+    return getattr(utils, kind)(**values)
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """A tensor as it is stored."""
+    return Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), bytes(tensor_bytes(tensor)))
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    """The tensor that `to_array` stored, in host memory."""
+    return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(getattr(torch, array.dtype)).reshape(array.shape)
+
+
+def batch_digest(call: Call) -> bytes:
+    """Digest of everything that a row shares its batch with, for strict matching."""
+    tensors = {"ids": call.ids, "mask": call.mask, **call.row_tensors}
+    return digest_canonical(
+        [[name, list(t.shape), digest_bytes(tensor_bytes(t)).value] for name, t in sorted(tensors.items())]
+    ).value
+
+
+def traits_name(parts: Sequence[Any]) -> str:
+    """Name of the store's object that keeps what the probe found."""
+    return f"probe/{digest_canonical(list(parts)).hex}"

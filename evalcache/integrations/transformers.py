@@ -1,0 +1,322 @@
+"""transformers: `generate` of every model, or of one, served from the cache.
+
+The floor of all seams: plain scripts, pipelines and PEFT models end here. `install` puts one function in the place of
+``GenerationMixin.generate`` (and of PEFT's, which stands above it); a call that cannot be keyed runs untouched and is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from evalcache.cache import Cache, Watch
+from evalcache.canonical import decode, encode_canonical
+from evalcache.code import ORIGINAL
+from evalcache.environment import describe_environment, device_name
+from evalcache.errors import EvalCacheError, UncacheableError
+from evalcache.integrations import generation
+from evalcache.integrations.generation import Call, Traits
+from evalcache.integrations.probe import probe
+from evalcache.integrations.timing import measured, share
+from evalcache.manifest import Manifest
+from evalcache.records import Action, Environment, Policy, Result
+from evalcache.weights import Fingerprinter, unwrap
+
+CLIENT = "transformers"
+
+_installed: _Seam | None = None
+_inside = threading.local()
+_sampling_thread: int | None = None
+_resolving = threading.Lock()
+
+
+def install(cache: Cache) -> None:
+    """Serve every model of this process from ``cache``. transformers has been imported; PEFT may be, now or later.
+
+    A second call with another cache takes the first one's place.
+    """
+    global _installed
+    uninstall()
+    _installed = _Seam(cache)
+    from transformers.generation.utils import GenerationMixin
+
+    _patch(GenerationMixin, "generate")
+    _patch_peft()
+
+
+def uninstall() -> None:
+    """Put back what `install` replaced."""
+    global _installed
+    _installed = None
+    for owner, name, original in _patched:
+        setattr(owner, name, original)
+    _patched.clear()
+
+
+def wrap(model: Any, cache: Cache) -> Any:
+    """Serve one model from ``cache``; returns the same object, whose ``generate`` has been replaced."""
+    seam = _Seam(cache)
+    original = type(model).generate
+    original = getattr(original, ORIGINAL, original)
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return seam.generate(model, functools.partial(original, model), args, kwargs)
+
+    setattr(generate, ORIGINAL, original)
+    model.generate = generate
+    return model
+
+
+_patched: list[tuple[Any, str, Any]] = []
+
+
+def _patch(owner: Any, name: str) -> None:
+    original = vars(owner)[name]
+    if hasattr(original, ORIGINAL):
+        return
+
+    @functools.wraps(original)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = _installed
+        if seam is None:
+            return original(self, *args, **kwargs)
+        return seam.generate(self, functools.partial(original, self), args, kwargs)
+
+    setattr(patched, ORIGINAL, original)
+    setattr(owner, name, patched)
+    _patched.append((owner, name, original))
+
+
+def _patch_peft() -> None:
+    """PEFT's ``generate`` stands above the base model's: prompt-learning adapters live outside of that one."""
+    module = sys.modules.get("peft.peft_model")
+    if module is None or not hasattr(module, "PeftModelForSeq2SeqLM"):
+        return
+    for name in ("PeftModelForCausalLM", "PeftModelForSeq2SeqLM"):
+        cls = getattr(module, name)
+        if "generate" in vars(cls):
+            _patch(cls, "generate")
+
+
+class _Seam:
+    """Serves calls of ``generate`` from one cache."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
+        self._traits: dict[str, Traits] = {}
+
+    def watch(self, model: Any) -> Watch:
+        """The watch of one model."""
+        watch = self._watches.get(model)
+        if watch is None:
+            fingerprinter = Fingerprinter(model)
+            name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+            watch = self._watches[model] = self.cache.watch(Watch(fingerprinter.manifest, name))
+        return watch
+
+    def generate(self, model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of ``generate``: from the store, computed, or untouched."""
+        if getattr(_inside, "active", False) or self.cache.policy is Policy.OFF:
+            return original(*args, **kwargs)
+        with _not_again():
+            try:
+                arguments = generation.bind(args, kwargs)
+                watch = self.watch(model)
+                with watch.lock:
+                    return self._serve(model, watch, original, arguments)
+            except UncacheableError as error:
+                return self._untouched(error, original, args, kwargs)
+
+    def _untouched(
+        self, error: UncacheableError, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        began = time.perf_counter()
+        output = original(*args, **kwargs)
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        rows = int(ids.shape[0]) if isinstance(ids, torch.Tensor) and ids.dim() else 1
+        self.cache.uncacheable(error.reason, error.detail, requests=rows, seconds=time.perf_counter() - began, client=CLIENT)
+        return output
+
+    def _plan(
+        self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]
+    ) -> tuple[Call, Manifest, Environment, _Told]:
+        """Check the model and resolve the call. Whatever fails in here, the bare call still runs."""
+        try:
+            inner = unwrap(model)
+            engine = _engine(model, inner, arguments)
+            manifest = self.cache.open(watch)
+            environment = describe_environment(engine, self.cache.match)
+            traits = self._find_traits(inner, original, manifest, environment)
+            with _resolving, _buffered_logs() as told:
+                call = _resolve(engine, arguments, traits)
+            if call.samples:
+                _one_sampling_thread()
+            return call, manifest, environment, told
+        except UncacheableError:
+            raise
+        except Exception as error:
+            self.cache.warn(f"this call runs uncached, evalcache failed on it: {type(error).__name__}: {error}")
+            raise UncacheableError("internal", f"{type(error).__name__}: {error}") from error
+
+    def _serve(self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        cache = self.cache
+        inner = unwrap(model)
+        call, manifest, environment, told = self._plan(model, watch, original, arguments)
+        actions = [Action(manifest.root, request, self._strictly(environment, call)) for request in call.requests]
+        computed: list[Any] = []
+
+        def compute(missing: list[int]) -> list[Result]:
+            output, results = self._compute(call, inner, original, missing)
+            computed.append((missing, output))
+            return results
+
+        results = cache.serve(watch, actions, compute, client=CLIENT)
+        if computed and len(computed[0][0]) == len(actions):
+            return computed[0][1]  # everything was computed: what the engine returned, untouched
+        if not computed:
+            told.repeat()
+        return generation.assemble_batch(call, results[0]) if call.whole else generation.assemble_rows(call, results)
+
+    def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: list[int]) -> tuple[Any, list[Result]]:
+        device = call.ids.device
+        chosen = call.arguments if call.whole else generation.select_rows(call, missing)
+        with measured(inner, device) as watch:
+            output = original(**chosen)
+        name = device_name(device.type)
+        if call.whole:
+            result = generation.batch_result(call, output)
+            made = len(result.tokens) // 4
+            cost = share(watch, [int(call.mask.sum())], [made], name)[0]
+            return output, [_with_cost(result, cost, call.rows)]
+        results = generation.row_results(call, output, len(missing))
+        prompts = [int(call.mask[row].sum()) for row in missing]
+        costs = share(watch, prompts, [len(result.tokens) // 4 for result in results], name)
+        return output, [_with_cost(result, cost, len(missing)) for result, cost in zip(results, costs, strict=True)]
+
+    def _strictly(self, environment: Environment, call: Call) -> Environment:
+        """Under strict matching a row's batch is part of its key: its neighbours and the padded width, in order."""
+        recorded = dict(environment.recorded) | {"batch_rows": call.rows, "width": int(call.ids.shape[1])}
+        if self.cache.match != "strict":
+            return Environment(environment.keyed, recorded)
+        batch = generation.batch_digest(call)
+        return Environment(type(environment.keyed)(dict(environment.keyed) | {"batch": batch}), recorded)
+
+    def _find_traits(self, inner: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment) -> Traits:
+        configs = {path: digest.value for path, digest in manifest.configs.items()}
+        code = manifest.modules[""].parts["code"].value
+        name = generation.traits_name([code, configs, environment.keyed.digest.value])
+        found = self._traits.get(name)
+        if found is None:
+            stored = self.cache.get_object(name)
+            if stored is not None:
+                found = Traits(*decode(stored))
+            else:
+                began = time.perf_counter()
+                with _quiet_logs():
+                    found = probe(inner, functools.partial(original))
+                self.cache.counts.overhead["checks"] += time.perf_counter() - began
+                self.cache.put_object(name, encode_canonical([found.rows, found.left, found.right]))
+            self._traits[name] = found
+        return found
+
+
+def _resolve(engine: Any, arguments: dict[str, Any], traits: Traits) -> Call:
+    try:
+        return generation.resolve(engine, arguments, traits)
+    except (EvalCacheError, MemoryError):
+        raise
+    except Exception as error:
+        # Wrong arguments raise in the engine's own checks, and a new version's methods may differ: the bare call will tell.
+        raise UncacheableError("argument", f"{type(error).__name__}: {error}") from error
+
+
+def _engine(model: Any, inner: Any, arguments: dict[str, Any]) -> Any:
+    """The transformers model whose methods resolve the call."""
+    if model is inner or not hasattr(model, "active_peft_config"):
+        if hasattr(model, "active_peft_config"):  # prompt learning: virtual tokens come before the prompt
+            config = arguments.get("generation_config")
+            if arguments.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
+                raise UncacheableError("unsupported", "a prompt-learning adapter without max_new_tokens")
+            return model.base_model
+        return inner
+    return inner
+
+
+def _with_cost(result: Result, cost: Any, rows: int) -> Result:
+    return Result(
+        tokens=result.tokens,
+        finish_reason=result.finish_reason,
+        scalars=result.scalars,
+        arrays=result.arrays,
+        cost=type(cost)(cost.seconds, cost.prompt_tokens, cost.completion_tokens, cost.device, rows),
+    )
+
+
+def _one_sampling_thread() -> None:
+    """Samples of several threads draw from one generator in an order that nobody can repeat."""
+    global _sampling_thread
+    mine = threading.get_ident()
+    if _sampling_thread is None:
+        _sampling_thread = mine
+    if _sampling_thread != mine:
+        raise UncacheableError("threads")
+
+
+@contextlib.contextmanager
+def _not_again() -> Iterator[None]:
+    """While one call is served, the seams below it are out of the way."""
+    _inside.active = True
+    try:
+        yield
+    finally:
+        _inside.active = False
+
+
+class _Told:
+    """What the engine logged while a call was resolved; the call itself will say it again, unless nothing is computed."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def repeat(self) -> None:
+        """Say it now, since no call will."""
+        for say, args in self.said:
+            say(*args)
+
+
+@contextlib.contextmanager
+def _buffered_logs() -> Iterator[_Told]:
+    told = _Told()
+    names = ("transformers.generation.utils", "transformers.generation.configuration_utils")
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        for method in ("warning", "warning_once"):
+            say = getattr(logger, method)
+            setattr(logger, method, functools.partial(_note, told, say))
+    try:
+        yield told
+    finally:
+        for logger in loggers:
+            for method in ("warning", "warning_once"):
+                vars(logger).pop(method, None)
+
+
+def _note(told: _Told, say: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    told.said.append((say, args))
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    with _resolving, _buffered_logs():
+        yield
