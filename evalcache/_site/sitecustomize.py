@@ -37,16 +37,14 @@ def _warn(text: str) -> None:
 
 
 def _enable() -> None:
-    import importlib.util
-
     try:
-        if importlib.util.find_spec("evalcache") is None:
-            sys.meta_path.insert(0, _NotInstalledHere())
-            return
         from evalcache.session import enable
 
         enable()
     except Exception as error:  # the program must run, whatever is wrong with us
+        if isinstance(error, ModuleNotFoundError) and error.name == "evalcache":
+            sys.meta_path.insert(0, _NotInstalledHere())
+            return
         said = " ".join(f"{type(error).__name__}: {error}".split())
         _warn(f"could not start ({said}); this process runs without it")
 
