@@ -151,11 +151,14 @@ class Rows:
             raise self.unusable("cannot be read", error) from error
 
     def scan(self, after: bytes | str, before: str | None, limit: int) -> list[tuple[Any, Any]]:
-        """The first ``limit`` rows with ``after < key < before``, in order; all text comes before all bytes."""
+        """The first ``limit`` rows with ``after < key < before``, in order; all text comes before all bytes.
+
+        A value that is not bytes stands as None: SQLite cannot even hand over text that is not UTF-8.
+        """
+        columns = "SELECT key, CASE typeof(value) WHEN 'blob' THEN value END FROM Cache WHERE raw = 1"
         if before is None:
-            return self.query("SELECT key, value FROM Cache WHERE raw = 1 AND key > ? ORDER BY key LIMIT ?", (after, limit))
-        bounded = "SELECT key, value FROM Cache WHERE raw = 1 AND key > ? AND key < ? ORDER BY key LIMIT ?"
-        return self.query(bounded, (after, before, limit))
+            return self.query(f"{columns} AND key > ? ORDER BY key LIMIT ?", (after, limit))
+        return self.query(f"{columns} AND key > ? AND key < ? ORDER BY key LIMIT ?", (after, before, limit))
 
     def count(self, after: bytes | str, before: str | None = None) -> int:
         """How many rows `scan` would find without a limit."""

@@ -107,7 +107,7 @@ class Store:
                     bad.append((key, frame, error))
         for value, why in unreadable:
             key = by_value[value]
-            bad.append((key, None, FrameError(f"{key}: the row cannot be read: {why}", key=key, expected="a row", found=why)))
+            bad.append((key, None, _unreadable(key, why)))
         if bad:
             found.update((key, error) for key, _, error in bad)
             self._set_aside(bad)
@@ -119,17 +119,32 @@ class Store:
 
     def get_question(self, key: Digest) -> Question | None:
         """What the entry under ``key`` answers; None where there is no good entry."""
-        for _, frame in self._rows.select([key.value], []):
+        return self.get_questions((key,)).get(key)
+
+    def get_questions(self, keys: Sequence[Digest]) -> dict[Digest, Question]:
+        """What the entries under these keys answer; keys without a good entry are absent, damaged frames are set aside.
+
+        Raises:
+            StoreError: the folder cannot be read at all.
+        """
+        by_value = {key.value: key for key in keys}
+        found: dict[Digest, Question] = {}
+        bad: list[tuple[Digest, Any, FrameError]] = []
+        for value, frame in self._rows.select(list(by_value), []):
+            key = by_value[value]
             try:
-                return decode_question(key, frame)
+                found[key] = decode_question(key, frame)
             except FrameError as error:
-                self._set_aside([(key, frame, error)])
-        return None
+                bad.append((key, frame, error))
+        if bad:
+            self._set_aside(bad)
+        return found
 
     def get_object(self, name: str) -> bytes | None:
         """A shared object's bytes; None where there is none, or where it failed its checks and was set aside."""
         row = f"{_OBJECTS[0]}{name}"
-        for (value,) in self._rows.query("SELECT value FROM Cache WHERE raw = 1 AND key = ?", (row,)):
+        bytes_only = "SELECT CASE typeof(value) WHEN 'blob' THEN value END FROM Cache WHERE raw = 1 AND key = ?"
+        for (value,) in self._rows.query(bytes_only, (row,)):
             try:
                 return unseal(row, value)
             except FrameError as error:
@@ -249,22 +264,34 @@ class Store:
         Nothing is changed. Cost: a pass over the whole store, during a part of which others cannot write.
         """
         problems = []
+        for read in (self._check_entries, self._check_others):
+            try:
+                problems.extend(read())
+            except StoreError as error:  # a damaged page: what follows it cannot be reached
+                problems.append(str(error))
+        return problems + self._rows.check()
+
+    def _check_entries(self) -> Iterator[str]:
         for key, frame in self.frames():
             try:
                 decode_entry(key, frame)
                 decode_question(key, frame)
             except FrameError as error:
-                problems.append(str(error))
-        others = "SELECT key, raw, typeof(key), value FROM Cache WHERE raw IS NOT 1 OR typeof(key) <> 'blob' OR length(key) <> ?"
+                yield str(error)
+
+    def _check_others(self) -> Iterator[str]:
+        others = (
+            "SELECT key, raw, typeof(key), CASE typeof(value) WHEN 'blob' THEN value END FROM Cache"
+            " WHERE raw IS NOT 1 OR typeof(key) <> 'blob' OR length(key) <> ?"
+        )
         for row, raw, kind, value in self._rows.query(others, (SIZE_BYTES,)):
             if raw != 1 or kind != "text" or not row.startswith((_OBJECTS[0], _JOURNAL[0], _ASIDE[0], _STATE)):
-                problems.append(f"row {row!r} is none of this store's")
+                yield f"row {row!r} is none of this store's"
             elif not row.startswith(_ASIDE[0]):
                 try:
                     unseal(row, value)
                 except FrameError as error:
-                    problems.append(str(error))
-        return problems + self._rows.check()
+                    yield str(error)
 
     # Within
 
@@ -306,6 +333,10 @@ def _collector_paused(bulk: bool) -> Iterator[None]:
     finally:
         if pause:
             gc.enable()
+
+
+def _unreadable(key: Digest, why: str) -> FrameError:
+    return FrameError(f"{key}: the row cannot be read: {why}", key=key, expected="a row", found=why)
 
 
 def _journal_row(number: int) -> str:
