@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _POLICIES = ("use", "refresh", "read_only", "replay", "off")
 _MATCHES = ("portable", "strict")
+_RUNS = """
+SELECT run, started_at, status, hits, misses, uncacheable, duplicates, model_loads, saved_seconds, command
+FROM hits_by_run ORDER BY started_at DESC NULLS LAST LIMIT ?
+"""
 
 
 class Place:
@@ -120,8 +124,7 @@ def diff(left: str, right: str, directory: str | None, as_json: bool) -> int:
     from evalcache.names import find_manifest
     from evalcache.printing import print_json, visible
 
-    place = Place(directory)
-    one, other = (find_manifest(name, place.store) for name in (left, right))
+    one, other = (find_manifest(name, Place(directory).synced) for name in (left, right))
     found = one.diff(other)
     if as_json:
         print_json(
@@ -145,10 +148,9 @@ def diff(left: str, right: str, directory: str | None, as_json: bool) -> int:
 @_asks_a_cache
 def runs(limit: int, directory: str | None, as_json: bool) -> None:
     """List the latest runs."""
-    from evalcache.audit import list_runs
     from evalcache.printing import print_json, print_table
 
-    table = list_runs(Place(directory).synced(), limit)
+    table = Place(directory).synced().query(_RUNS, [limit])
     if as_json:
         print_json([dict(zip(table.columns, row, strict=True)) for row in table.rows])
     else:
@@ -187,7 +189,7 @@ def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
 @_asks_a_cache
 def show(key: str, directory: str | None, as_json: bool) -> None:
     """Show one stored entry: what was asked, what was answered, and what it cost."""
-    from evalcache.audit import describe_entry
+    from evalcache.entryview import describe_entry
     from evalcache.names import find_key
     from evalcache.printing import print_fields, print_json
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from evalcache.checkpoint import fingerprint_checkpoint
 from evalcache.digest import ALGORITHM, SIZE_BYTES, Digest
-from evalcache.errors import CanonicalError, UnknownNameError
+from evalcache.errors import UnknownNameError
+from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
 from evalcache.store import Store
 
@@ -35,34 +36,31 @@ def find_key(text: str, store: Store) -> Digest:
         keys = [key for key in [Digest(bytes.fromhex(digits))] if store.get(key) is not None]
     else:
         keys = [key for key, _ in store.frames() if key.hex.startswith(digits)]
-    return _only(text, keys, "entry", f"`evalcache query 'SELECT * FROM outputs'` lists what is stored in {store.directory}")
+    return _only(text, keys, "entry", f"`evalcache query 'FROM outputs'` lists what is stored in {store.directory}")
 
 
-def find_manifest(text: str, store: Store, progress: Callable[[int, int], None] | None = None) -> Manifest:
-    """The manifest of a checkpoint folder or file, or of a model that the store has seen.
+def find_manifest(text: str, open_ledger: Callable[[], Ledger]) -> Manifest:
+    """The manifest of a checkpoint folder or file, or of a model that was run.
 
     Args:
         text: a path, or the root digest of a model (or at least four digits of it).
-        progress: passed on to `fingerprint_checkpoint`.
+        open_ledger: called where ``text`` is no path, so that comparing two folders needs no ledger.
+
+    Cost: for a path, a pass over its files unless they are known.
 
     Raises:
         UnknownNameError: neither of the two. Fields: ``found``.
         CheckpointError: the path is not a checkpoint.
     """
     if Path(text).exists():
-        return fingerprint_checkpoint(text, progress=progress)
+        return fingerprint_checkpoint(text)
     digits = _digits(text)
-    hint = "give the path of a checkpoint folder, or the digest of a model that was run (`evalcache query 'SELECT * FROM models'`)"
+    hint = "give the path of a checkpoint, or the digest of a model that was run (`evalcache query 'FROM models_in_order'`)"
     if digits is None:
         raise UnknownNameError(f"no such checkpoint: {text}", hint=hint, found=text)
-    roots = [root for root in store.object_names("model/") if root.startswith(f"model/{digits}")]
-    data = store.get_object(_only(text, roots, "model", hint))
-    if data is None:
-        raise UnknownNameError(f"the manifest of {text} is damaged", hint="run the model once more to store it again", found=text)
-    try:
-        return Manifest.from_bytes(data)
-    except CanonicalError as error:
-        raise UnknownNameError(f"the manifest of {text} cannot be read: {error.message}", hint=hint, found=text) from error
+    sql = "SELECT any_value(manifest) FROM models WHERE starts_with(replace(digest::VARCHAR, '-', ''), ?) GROUP BY digest"
+    manifests = [bytes(row[0]) for row in open_ledger().query(sql, [digits]).rows if row[0] is not None]
+    return Manifest.from_bytes(_only(text, manifests, "model", hint))
 
 
 def _digits(text: str) -> str | None:

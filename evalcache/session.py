@@ -251,10 +251,10 @@ def _check(given: dict[str, Any]) -> None:
 
 
 def _explain(cache: Cache) -> list[str]:
-    from evalcache.audit import explain_misses
-    from evalcache.ledger import Ledger
-
     try:
+        from evalcache.audit import explain_misses
+        from evalcache.ledger import Ledger
+
         return explain_misses(Ledger(cache.ledger_path), cache.run_id)
     except Exception as error:  # the reason is a courtesy: a locked ledger must not cost the line
         return [f"(not known: {_say(error)})"]

@@ -38,6 +38,8 @@ LEVELS = {
     "journal": 3,
     "schema": 3,
     "rows": 3,  # bytes under bytes in one file
+    "tables": 3.5,  # events and entries → rows of the ledger
+    "intake": 3.8,  # these on their way into the tables
     "store": 4,
     "ledger": 4,
     "cache": 5,
@@ -45,6 +47,7 @@ LEVELS = {
     "summary": 5,
     "names": 5,  # what a person types → the model or key that is meant
     "verification": 5,
+    "entryview": 5,
     "integrations": 6,
     "session": 7,
     "launch": 7,

@@ -26,7 +26,7 @@ def python(code: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str
 
 
 def recorded(folder: Path) -> list[tuple[str, int | None]]:
-    rows = Ledger(folder / "ledger.duckdb").query("SELECT status, exit_code FROM runs ORDER BY started_at").rows
+    rows = Ledger(folder / "ledger.duckdb").query("SELECT status, exit_code FROM run_ends ORDER BY ended_at").rows
     return [tuple(row) for row in rows]
 
 
