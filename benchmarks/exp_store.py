@@ -2,7 +2,7 @@
 
 All hold the same results (300 prompt tokens, 64 new ones, their text, a cost) and return them decoded:
 
-* **sqlitedict**: pickled, ``autocommit=True``; a lookup is ``key in db`` and ``db[key]``, a write ``db[key] = result`` with one
+* **sqlitedict**: pickled, ``autocommit=True``, SHA-256 in hex for keys; a lookup is ``key in db`` and ``db[key]``, a write ``db[key] = result`` with one
   ``commit()`` at the end, as in lm_eval 0.4.13 ``CachingLM``;
 * **diskcache**: pickled, one ``get`` or ``set`` a key, its own default settings but no size limit;
 * **lmdb**: our frames, one transaction, the same `encode_frame` and `decode_entry`; durable writes.
@@ -12,6 +12,7 @@ Keys are asked for in a shuffled order, the same for all.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import statistics
 import tempfile
@@ -51,6 +52,11 @@ def make_items(count: int, seed: int = 0) -> list[Item]:
     return items
 
 
+def text_key(key: Digest) -> str:
+    """A key of the length that lm_eval's ``hash_args`` makes."""
+    return hashlib.sha256(key.value).hexdigest()
+
+
 class Peers:
     """The four stores in one folder, each with the same reads and writes."""
 
@@ -67,7 +73,7 @@ class Peers:
         self.lmdb.close()
 
     def readers(self, keys: Sequence[Digest]) -> dict[str, Callable[[], list[Result]]]:
-        texts = [key.hex for key in keys]
+        texts = [text_key(key) for key in keys]
 
         def ours() -> list[Result]:
             found = self.store.get_many(keys)
@@ -91,7 +97,7 @@ class Peers:
 
         def to_sqlitedict() -> None:
             for key, _, result in items:
-                self.sqlitedict[key.hex] = result
+                self.sqlitedict[text_key(key)] = result
             self.sqlitedict.commit()
 
         def to_diskcache() -> None:

@@ -129,5 +129,5 @@ def decode_event(data: bytes) -> Event:
         name, values = decode(data)
         kind = _EVENTS[name]
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except (ValueError, TypeError, KeyError) as error:
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise CanonicalError(f"not a journal event: {error}", path="event", found=type(error).__name__) from error

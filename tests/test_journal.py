@@ -1,0 +1,96 @@
+"""Journal events: what is written is read, field for field, and nothing else is taken for an event."""
+
+from __future__ import annotations
+
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalcache.canonical import encode_canonical
+from evalcache.errors import CanonicalError
+from evalcache.journal import (
+    OVERHEAD_KINDS,
+    Event,
+    LookedUp,
+    ModelLoaded,
+    ModelSeen,
+    Overhead,
+    RunEnded,
+    RunStarted,
+    Stored,
+    decode_event,
+    encode_event,
+)
+
+LOOKED_UP = LookedUp(
+    run="r",
+    at=2.5,
+    model=bytes(16),
+    client="lm_eval",
+    role="candidate",
+    keys=(bytes(16), b"", bytes(range(16))),
+    outcomes=("hit", "uncacheable", "miss"),
+    reasons=("", "streamer", "absent"),
+    seconds=(0.5, None, 1.25),
+    tasks=("gsm8k",) * 3,
+    documents=("1", "2", "3"),
+)
+EVENTS = [
+    RunStarted("r", 1.0, "python eval.py", "transformers", "5.23.0", {"torch": "2.13.0"}, "abc", "host", "use", "strict"),
+    RunStarted("r", 1.0, "python eval.py"),
+    RunEnded("r", 2.0, "failed", 3),
+    RunEnded("r", 2.0, "interrupted"),
+    ModelSeen("r", bytes(16), "gpt2", "judge"),
+    ModelLoaded("r", bytes(16), 12.5),
+    Stored("r", (bytes(16), bytes(range(16)))),
+    Stored("r", ()),
+    LOOKED_UP,
+    Overhead("r", 3.0, dict.fromkeys(OVERHEAD_KINDS, 0.25)),
+]
+
+
+def test_every_kind_of_event_is_tried() -> None:
+    assert {type(event) for event in EVENTS} == set(typing.get_args(Event))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_what_is_written_is_read(event: Event) -> None:
+    encoded = encode_event(event)
+    assert decode_event(encoded) == event
+    assert type(decode_event(encoded)) is type(event)
+    assert encode_event(decode_event(encoded)) == encoded
+
+
+@given(st.lists(st.tuples(st.binary(max_size=16), st.sampled_from(["hit", "miss"]), st.none() | st.floats(0, 1e6)), max_size=20))
+def test_columns_come_back_as_columns(rows: list[tuple[bytes, str, float | None]]) -> None:
+    keys, outcomes, seconds = (tuple(column) for column in zip(*rows, strict=True)) if rows else ((), (), ())
+    event = LookedUp("r", 1.0, bytes(16), "", "", keys, outcomes, ("",) * len(rows), seconds)
+    assert decode_event(encode_event(event)) == event
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        encode_canonical(None),
+        encode_canonical([]),
+        encode_canonical(["Stored"]),
+        encode_canonical(["Unknown", {}]),
+        encode_canonical(["Stored", {"run": "r"}]),
+        encode_canonical(["Stored", {"run": "r", "keys": [], "more": 1}]),
+        encode_canonical(["Stored", [1, 2]]),
+        encode_canonical([["Stored"], {}]),
+        encode_canonical(["object", {}]),
+    ],
+)
+def test_anything_else_is_refused(data: bytes) -> None:
+    with pytest.raises(CanonicalError):
+        decode_event(data)
+
+
+def test_an_event_that_cannot_be_written_exactly_is_refused() -> None:
+    with pytest.raises(CanonicalError):
+        encode_event(Overhead("r", 1.0, {"keys": object()}))
