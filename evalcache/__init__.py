@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from evalcache.manifest import Manifest
     from evalcache.records import Policy
     from evalcache.session import Session, disable, enable, wrap
-    from evalcache.weights import fingerprint_module
+    from evalcache.weights import fingerprint
 
 _HOMES = {
     "Cache": "evalcache.cache",
@@ -49,8 +49,8 @@ _HOMES = {
     "UncacheableError": "evalcache.errors",
     "disable": "evalcache.session",
     "enable": "evalcache.session",
+    "fingerprint": "evalcache.weights",
     "fingerprint_checkpoint": "evalcache.checkpoint",
-    "fingerprint_module": "evalcache.weights",
     "loglikelihood": "evalcache.integrations.scoring",
     "wrap": "evalcache.session",
 }
@@ -68,8 +68,8 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "fingerprint",
     "fingerprint_checkpoint",
-    "fingerprint_module",
     "loglikelihood",
     "wrap",
 ]

@@ -22,7 +22,7 @@ def describe_entry(store: Store, key: Digest) -> dict[str, Any]:
     if isinstance(entry, FrameError):
         raise entry
     if entry is None or question is None:
-        raise UnknownNameError(f"no entry under {key}", hint="`evalcache query 'FROM outputs'` lists what is stored", found=str(key))
+        raise UnknownNameError(f"no entry under {key}", hint="`evalcache query 'FROM outputs'` lists them", found=str(key))
     result = entry.result
     cost = result.cost
     return {

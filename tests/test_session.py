@@ -141,6 +141,37 @@ def test_wrong_arguments_are_refused_where_they_were_written(wrong):
     assert sessions.current() is None
 
 
+def test_a_real_model_is_met_whenever_transformers_is_imported(tmp_path, store_folder):
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import evalcache
+        with evalcache.enable() as session:
+            assert "torch" not in sys.modules
+            import transformers
+            assert "torch" not in sys.modules
+            from transformers.generation.utils import GenerationMixin
+            import tiny
+            model, batch = tiny.build("llama"), tiny.prompts()
+            cold = model.generate(**batch, max_new_tokens=4, do_sample=False)
+            assert hasattr(GenerationMixin.generate, "__wrapped__")
+        assert not hasattr(GenerationMixin.generate, "__wrapped__")
+        bare = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        session = evalcache.enable()
+        assert hasattr(GenerationMixin.generate, "__wrapped__")
+        warm = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        assert cold.tolist() == bare.tolist() == warm.tolist()
+        raise KeyboardInterrupt
+    """
+    done = python(code, tmp_path)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("evalcache")]
+    assert len(said) == 2, done.stderr
+    assert said[0].startswith("evalcache: 0 hits, 4 misses, 0 uncacheable, ")
+    assert said[1].startswith("evalcache: 4 hits, 0 misses, 0 uncacheable, ")
+    assert recorded(store_folder) == [("ok", None), ("interrupted", 130)]
+
+
 def test_the_public_names_are_there():
     for name in evalcache.__all__:
         assert getattr(evalcache, name) is not None
