@@ -1,0 +1,268 @@
+"""Ledger: what was asked, answered, reused and saved, as tables in one DuckDB file. The only import of duckdb.
+
+The ledger is told by a store's journal. One sync is one DuckDB transaction that takes in events, the entries they name, and how
+far it came; what it wrote is read again from the reopened file, and only then does the store forget those events. So a sync that
+is killed at any instant is done again by the next one, and nothing is counted twice.
+
+DuckDB lets one process write and then nobody else even read. So the file is open for as short as possible, behind a lock file
+that all of evalcache's processes queue for; somebody's notebook that holds the file delays a sync and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import filelock
+
+from evalcache.errors import LedgerError, LedgerLockedError
+from evalcache.intake import Intake, JournalSource
+from evalcache.schema import STEPS, VERSION, comments, quoted
+
+LOCK_TIMEOUT_S = 10.0
+"""How long to queue behind other processes of evalcache."""
+
+_FILE_FORMAT = "v1.5.0"  # the newest that duckdb 1.5 and 2.0 both read and write
+_LOCKED = ("lock", "already attached", "Unique file handle", "different configuration", "being used by another process")
+
+Ask = Callable[..., "Table"]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What a sync or rebuild did. ``skipped``: entries or events that were damaged, or gone before they could be told."""
+
+    events: int
+    entries: int
+    seconds: float
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The answer to a query. Digests are 32 hex digits, JSON is text, times are UTC."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+
+class Ledger:
+    """The ledger in one file, which is made (mode 0600) when it is first needed. Holds nothing open between calls.
+
+    Args:
+        path: the ``.duckdb`` file. lock_timeout_s: how long to queue behind other processes of evalcache.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        self.path = Path(path).absolute()
+        self._lock_timeout_s = lock_timeout_s
+
+    def sync(self, store: JournalSource, *, progress: Callable[[int, int], None] | None = None) -> SyncReport:
+        """Take in what waits in the store's journal. Cost: what is new; 10,000 entries in about a second.
+
+        A ledger that was lost, or never was, is rebuilt from the store's entries on the way.
+
+        Args:
+            progress: called with the number of events done and waiting.
+
+        Raises:
+            LedgerLockedError: somebody else holds the file; the journal keeps everything.
+            LedgerError: the file is no ledger, or of a newer version.
+        """
+        began = time.perf_counter()
+        waiting = store.journal_count()
+        if not waiting and self.path.exists():
+            return SyncReport(0, 0, time.perf_counter() - began, 0)
+        store_id = store.store_id
+        with self._turn():
+            fresh = self._prepare()
+            with self._attached() as connection:
+                intake = Intake(connection, store)
+                known = last = intake.last_seq(store_id)
+                with _transaction(connection):
+                    while events := store.journal(after=last):
+                        for seq, event in events:
+                            intake.take(store_id, seq, event)
+                        last = events[-1][0]
+                        if progress:
+                            progress(intake.events, max(waiting, intake.events))
+                    if fresh:
+                        intake.take_frames(store)
+                    intake.finish()
+                    if last > known:
+                        connection.execute("INSERT INTO synced VALUES (?, ?, make_timestamp(?))", [store_id, last, _now_us()])
+            if last > known:
+                # On a fresh connection: a COMMIT that was answered has been seen to be gone after a kill around its checkpoint.
+                with self._attached(read_only=True) as connection:
+                    kept = Intake(connection, store).last_seq(store_id)
+                if kept < last:
+                    raise LedgerError(f"{self.path}: the ledger did not keep what it was told", path=self.path, found=kept)
+        if waiting:
+            store.forget_journal(last)
+        return SyncReport(intake.events, intake.entries, time.perf_counter() - began, intake.skipped)
+
+    def rebuild(self, store: JournalSource, *, progress: Callable[[int, int], None] | None = None) -> SyncReport:
+        """Add the requests, outputs, models and modules that the store has and the ledger lacks.
+
+        Runs and lookups cannot be rebuilt: the store forgets them once the ledger has them.
+
+        Args:
+            progress: called with the number of entries looked at, twice: how many there are is not known before.
+
+        Cost: a pass over the store. Raises: as `sync`.
+        """
+        began = time.perf_counter()
+        with self._turn():
+            self._prepare()
+            with self._attached() as connection:
+                intake = Intake(connection, store)
+                with _transaction(connection):
+                    intake.take_frames(store, progress)
+                    intake.finish()
+        return SyncReport(0, intake.entries, time.perf_counter() - began, intake.skipped)
+
+    def query(self, sql: str, params: Sequence[Any] = (), *, unsafe: bool = False) -> Table:
+        """The rows of one query; see `reading`."""
+        with self.reading(unsafe=unsafe) as ask:
+            return ask(sql, params)
+
+    @contextlib.contextmanager
+    def reading(self, *, unsafe: bool = False) -> Iterator[Ask]:
+        """Ask several questions on one opening of the file: ``ask(sql, params=()) -> Table``.
+
+        Args:
+            unsafe: allow statements that change the ledger, and that read and write other files. Without it the ledger is open
+                for reading, and neither files nor settings can be reached from SQL.
+
+        Raises:
+            LedgerLockedError: somebody else has the file open for writing.
+            LedgerError: the file is no ledger, or (from ``ask``) the query is wrong, in DuckDB's words.
+        """
+        with self._turn():
+            self._prepare()
+            with self._attached(read_only=not unsafe) as connection:
+                if not unsafe:
+                    connection.execute("SET enable_external_access = false")
+                    connection.execute("SET lock_configuration = true")
+
+                def ask(sql: str, params: Sequence[Any] = ()) -> Table:
+                    try:
+                        answer = connection.execute(sql, list(params))
+                        names = tuple(column[0] for column in answer.description or ())
+                        return Table(names, [tuple(map(_plain, row)) for row in answer.fetchall()] if names else [])
+                    except (duckdb.Error, RuntimeError) as error:
+                        raise LedgerError(str(error), path=self.path) from error
+
+                yield ask
+
+    # --- the file ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This process's turn at the file. The operating system ends the turn of a process that is killed."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = filelock.FileLock(f"{self.path}.lock", timeout=self._lock_timeout_s, mode=0o600)
+            lock.acquire(poll_interval=0.01)
+        except filelock.Timeout as error:
+            raise self._locked("another process of evalcache is using the ledger") from error
+        except OSError as error:
+            raise LedgerError(f"{self.path}: the ledger's folder cannot be used: {error}", path=self.path) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def _attached(self, path: Path | None = None, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of its own with the file attached and in use as ``ledger``; closing it folds the write-ahead log in."""
+        path = path or self.path
+        options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{_FILE_FORMAT}'"
+        with contextlib.closing(duckdb.connect(":memory:")) as connection:
+            try:
+                connection.execute(f"ATTACH {quoted(str(path))} AS ledger ({options})")
+                connection.execute("USE ledger")
+            except (duckdb.Error, RuntimeError) as error:
+                if any(word in str(error) for word in _LOCKED):
+                    raise self._locked("another program has the ledger open") from error
+                raise LedgerError(f"{path}: not a usable ledger: {error}", path=path) from error
+            yield connection
+
+    def _locked(self, message: str) -> LedgerLockedError:
+        return LedgerLockedError(f"{self.path}: {message}", hint="nothing is lost; try again when it is closed", path=self.path)
+
+    def _prepare(self) -> bool:
+        """Make the file where there is none, and apply the steps that it lacks. Returns whether it was made."""
+        if not self.path.exists():
+            # Made elsewhere and moved: nobody ever sees half a schema, nor the file before it has its mode.
+            made = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+            try:
+                with self._attached(made) as connection:
+                    self._apply(connection, 0)
+                made.chmod(0o600)
+                # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.
+                Path(f"{self.path}.wal").unlink(missing_ok=True)
+                made.replace(self.path)
+            finally:
+                made.unlink(missing_ok=True)
+            return True
+        with self._attached(read_only=True) as connection:
+            version = self._version(connection)
+        if version > VERSION:
+            raise LedgerError(
+                f"{self.path}: the ledger has schema {version}, this evalcache knows up to {VERSION}",
+                hint="upgrade evalcache, or use another folder",
+                path=self.path,
+                expected=VERSION,
+                found=version,
+            )
+        if version < VERSION:
+            with self._attached() as connection:
+                self._apply(connection, version)
+        return False
+
+    def _version(self, connection: duckdb.DuckDBPyConnection) -> int:
+        try:
+            return connection.execute("SELECT max(version) FROM schema_version").fetchall()[0][0] or 0
+        except duckdb.CatalogException as error:
+            raise LedgerError(
+                f"{self.path}: a DuckDB file, but not a ledger", hint="move it away or use another folder", path=self.path
+            ) from error
+
+    def _apply(self, connection: duckdb.DuckDBPyConnection, version: int) -> None:
+        for number, step in enumerate(STEPS[version:], version + 1):
+            with _transaction(connection):
+                connection.execute(step)
+                for comment in comments(step):
+                    connection.execute(comment)
+                connection.execute("INSERT INTO schema_version VALUES (?, make_timestamp(?))", [number, _now_us()])
+
+
+@contextlib.contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    connection.execute("BEGIN TRANSACTION")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(duckdb.Error):  # the first error is the one to tell
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _now_us() -> int:
+    """Microseconds in UTC; SQL's now() would be turned into the session's time zone."""
+    return time.time_ns() // 1000
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, uuid.UUID):
+        return value.hex
+    return [_plain(item) for item in value] if isinstance(value, list) and value and isinstance(value[0], uuid.UUID) else value

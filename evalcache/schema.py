@@ -1,0 +1,289 @@
+"""The ledger's schema: SQL text and what can be read from it, nothing else. Level 3.
+
+Written for a catalogue that is attached as `ledger` and in use, so that names need no prefix and a team's shared catalogue can
+take the file's place. Rules that hold for every table:
+
+* Rows are immutable: they are added, never changed. No primary keys and no secondary indexes (DuckDB has returned wrong rows from
+  one after a crash), so a row may be there twice, and every view counts it once.
+* A digest (of a key, a model, …) is a UUID: 128 bits fit exactly, and ``WHERE key = '<32 hex digits>'`` works. Never a BLOB.
+* Times are UTC. Seconds are measured wall seconds; NULL means not measured, and is never counted as zero.
+* What came through a store's journal carries ``store`` and ``seq`` (and ``n`` for its place in the event): its identity.
+
+The comment behind a column is the column's documentation: `comments` turns it into ``COMMENT ON``, and
+``SELECT table_name, column_name, comment FROM duckdb_columns() WHERE database_name = 'ledger'`` shows it to whoever asks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_TABLES_1 = """
+CREATE TABLE schema_version ( -- Steps of this schema that were applied; the highest number counts.
+    version INTEGER, -- number of the step
+    applied_at TIMESTAMP -- when
+);
+CREATE TABLE synced ( -- How far each store's journal has been taken in; committed together with what was taken in.
+    store VARCHAR, -- id of the store
+    last_seq BIGINT, -- number of the last event; the highest row counts
+    synced_at TIMESTAMP -- when
+);
+CREATE TABLE models ( -- One row per model, by the bytes of its weights, attributes and code.
+    digest UUID, -- manifest root
+    class VARCHAR, -- class of the outermost module
+    config JSON, -- configuration, where it was recorded
+    parent UUID, -- model that this one was made from, where it was recorded
+    adapter VARCHAR, -- active adapters
+    quantisation VARCHAR, -- method of quantisation
+    parameters BIGINT, -- number of parameters
+    bytes BIGINT, -- bytes of all distinct tensors
+    modules INTEGER, -- number of modules
+    manifest BLOB, -- the whole manifest, as the store keeps it
+    first_seen TIMESTAMP -- when the ledger first heard of it
+);
+CREATE TABLE model_names ( -- Under which names and roles runs met a model.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    model UUID, -- manifest root
+    name VARCHAR, -- as the caller named it
+    role VARCHAR -- candidate, judge, …; empty where there is one model
+);
+CREATE TABLE modules ( -- One row per module of a model. Equal digests compute the same function, in whatever model.
+    model UUID, -- manifest root
+    path VARCHAR, -- path in the model; the outermost module's is empty
+    digest UUID, -- over class, code, attributes, tensors and children
+    class VARCHAR, -- its class
+    tensors INTEGER, -- tensors that it owns itself, children's not included
+    bytes BIGINT -- bytes of these
+);
+CREATE TABLE fields ( -- Settings and environments in the canonical bytes that are keyed: JSON cannot hold them exactly.
+    digest UUID, -- of the bytes
+    canonical BLOB -- deterministic CBOR
+);
+CREATE TABLE requests ( -- What was asked: one row per key.
+    key UUID, -- key of the whole action
+    request UUID, -- digest of kind, settings, prompt and inputs: equal for two models that are asked the same thing
+    kind VARCHAR, -- generate, loglikelihood, …
+    model UUID, -- manifest root
+    settings_digest UUID, -- effective settings
+    settings JSON, -- the same, to be read
+    environment_digest UUID, -- keyed environment
+    environment JSON, -- the same, to be read
+    prompt_token_ids INTEGER[], -- input ids where the mask is 1
+    inputs JSON, -- further inputs of the row, to be read
+    inputs_canonical BLOB -- the same, exactly; NULL where there are none
+);
+CREATE TABLE outputs ( -- What was answered: one row each time that a key was computed.
+    key UUID, -- key of the whole action
+    text VARCHAR, -- where a client was asked for text
+    token_ids INTEGER[], -- new tokens up to the row's own end
+    logprobs DOUBLE[], -- of each scored token; NULL within stands for not a number
+    scalars JSON, -- named values (sum, is_greedy, …)
+    finish_reason VARCHAR, -- stop, length, or NULL where the question does not arise
+    prompt_tokens INTEGER, -- tokens read
+    completion_tokens INTEGER, -- tokens made
+    seconds DOUBLE, -- this row's share of its batch's busy seconds
+    device VARCHAR, -- name of the device that was busy
+    batch_size INTEGER, -- rows computed together
+    dtype VARCHAR, -- of the computation
+    recorded JSON, -- unkeyed facts of the environment
+    run VARCHAR, -- run that computed it
+    created_at TIMESTAMP, -- when it was stored
+    exact BLOB, -- scalars and recorded facts in canonical CBOR; NULL where there are none
+    arrays BLOB -- named tensors in canonical CBOR; NULL where there are none, or too large: the store alone has those
+);
+CREATE TABLE runs ( -- One row per process that began a run; all processes of a launch share the run's id.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    started_at TIMESTAMP, -- when
+    command VARCHAR, -- as it was typed
+    client VARCHAR, -- eval framework, empty for a plain script
+    client_version VARCHAR, -- its version
+    versions JSON, -- package → version
+    git_commit VARCHAR, -- of the caller's checkout
+    host VARCHAR, -- name of the machine
+    policy VARCHAR, -- use, refresh, read_only, replay
+    match VARCHAR -- portable or strict
+);
+CREATE TABLE run_ends ( -- One row per process that ended; a run without one is still going on, or was killed.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    ended_at TIMESTAMP, -- when
+    status VARCHAR, -- ok, failed or interrupted
+    exit_code INTEGER -- of the process, where it is known
+);
+CREATE TABLE lookups ( -- One row per request of a run, and what became of it.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    n INTEGER, -- place in the event
+    run VARCHAR, -- id of the run
+    asked_at TIMESTAMP, -- when the call was made
+    key UUID, -- NULL where there was none (uncacheable)
+    model UUID, -- manifest root; NULL where the model could not be hashed
+    client VARCHAR, -- eval framework
+    role VARCHAR, -- of the model in the run
+    task VARCHAR, -- of the eval
+    document VARCHAR, -- of the task
+    outcome VARCHAR, -- hit, miss, uncacheable or duplicate (merged with an equal request of the run)
+    reason VARCHAR, -- of a miss or an uncacheable
+    detail VARCHAR, -- what exactly
+    seconds DOUBLE -- credited to a hit or a duplicate (what its entry cost), spent by a miss or an uncacheable
+);
+CREATE TABLE overheads ( -- Seconds that evalcache itself took.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    reported_at TIMESTAMP, -- when it was reported
+    kind VARCHAR, -- fingerprint, checks, keys, lookup, decode, write, sync
+    seconds DOUBLE -- since the report before
+);
+CREATE TABLE model_loads ( -- Weights that were loaded; a run without a row left its models asleep.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    model UUID, -- manifest root
+    seconds DOUBLE -- that it took
+);
+CREATE TABLE tasks ( -- What an eval is about; filled by the adapters of eval frameworks.
+    client VARCHAR, -- eval framework
+    task VARCHAR, -- its name
+    version VARCHAR, -- of its definition
+    settings JSON -- shots, template, split, …
+);
+CREATE TABLE documents ( -- One row per document of a task; filled likewise.
+    client VARCHAR, -- eval framework
+    task VARCHAR, -- its task
+    document VARCHAR, -- its name within the task
+    digest UUID, -- over its content
+    content JSON -- question, choices, target
+);
+CREATE TABLE scores ( -- What an answer was worth; filled likewise.
+    run VARCHAR, -- id of the run
+    request UUID, -- as in requests
+    client VARCHAR, -- eval framework
+    task VARCHAR, -- its task
+    document VARCHAR, -- its document
+    role VARCHAR, -- of the model
+    metric VARCHAR, -- acc, exact_match, …
+    value DOUBLE, -- the score
+    cluster VARCHAR -- documents that belong together, for standard errors
+);
+"""
+
+_VIEWS_1 = """
+-- The newest answer to each request.
+CREATE VIEW answers AS
+SELECT r.* EXCLUDE (inputs_canonical), o.* EXCLUDE (key, exact, arrays)
+FROM (SELECT * FROM requests QUALIFY row_number() OVER (PARTITION BY key) = 1) r
+JOIN (SELECT * FROM outputs QUALIFY row_number() OVER (PARTITION BY key ORDER BY created_at DESC, run) = 1) o USING (key);
+
+-- Each model once, with the place at which the ledger met it: pairs of models are shown elder first, and once.
+CREATE VIEW models_in_order AS
+SELECT m.* EXCLUDE (manifest), n.names, row_number() OVER (ORDER BY m.first_seen, m.digest) AS place
+FROM (SELECT * FROM models QUALIFY row_number() OVER (PARTITION BY digest ORDER BY first_seen) = 1) m
+LEFT JOIN (SELECT model AS digest, list(DISTINCT name ORDER BY name) AS names FROM model_names GROUP BY model) n USING (digest);
+
+-- What each run reused and what that saved. saved = credits of hits − our own overhead; duplicates are a line of their own.
+CREATE VIEW hits_by_run AS
+WITH known AS (
+    SELECT run FROM runs UNION SELECT run FROM run_ends UNION SELECT run FROM lookups UNION SELECT run FROM overheads
+), started AS (
+    SELECT run, min(started_at) AS started_at, arg_min(command, started_at) AS command, arg_min(client, started_at) AS client,
+        count(DISTINCT (store, seq)) AS processes
+    FROM runs GROUP BY run
+), ended AS (
+    SELECT run, max(ended_at) AS ended_at, count(DISTINCT (store, seq)) AS processes,
+        CASE WHEN bool_or(status = 'failed') THEN 'failed' WHEN bool_or(status = 'interrupted') THEN 'interrupted'
+            ELSE max(status) END AS status
+    FROM run_ends GROUP BY run
+), asked AS (
+    SELECT run,
+        count(*) FILTER (outcome = 'hit') AS hits,
+        count(*) FILTER (outcome = 'miss') AS misses,
+        count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
+        count(*) FILTER (outcome = 'duplicate') AS duplicates,
+        count(*) FILTER (outcome = 'hit' AND seconds IS NULL) AS unmeasured_hits,
+        coalesce(sum(seconds) FILTER (outcome = 'hit'), 0) AS credited_seconds,
+        coalesce(sum(seconds) FILTER (outcome = 'duplicate'), 0) AS duplicate_seconds,
+        coalesce(sum(seconds) FILTER (outcome IN ('miss', 'uncacheable')), 0) AS spent_seconds
+    FROM (SELECT DISTINCT ON (store, seq, n) * FROM lookups) GROUP BY run
+), own AS (
+    SELECT run, sum(seconds) AS seconds FROM (SELECT DISTINCT ON (store, seq, kind) * FROM overheads) GROUP BY run
+), loads AS (
+    SELECT run, count(*) AS loads FROM (SELECT DISTINCT ON (store, seq) * FROM model_loads) GROUP BY run
+)
+SELECT known.run, started.started_at, ended.ended_at,
+    CASE WHEN ended.run IS NULL OR ended.processes < started.processes THEN 'unfinished' ELSE ended.status END AS status,
+    started.command, started.client,
+    coalesce(hits, 0) AS hits, coalesce(misses, 0) AS misses, coalesce(uncacheable, 0) AS uncacheable,
+    coalesce(duplicates, 0) AS duplicates, coalesce(loads, 0) AS model_loads,
+    coalesce(credited_seconds, 0) - coalesce(own.seconds, 0) AS saved_seconds,
+    coalesce(credited_seconds, 0) AS credited_seconds, coalesce(own.seconds, 0) AS overhead_seconds,
+    coalesce(duplicate_seconds, 0) AS duplicate_seconds, coalesce(spent_seconds, 0) AS spent_seconds,
+    coalesce(unmeasured_hits, 0) AS unmeasured_hits,
+    hits / nullif(hits + misses + uncacheable, 0) AS hit_rate,
+    credited_seconds / nullif(credited_seconds + spent_seconds, 0) AS hit_rate_by_seconds
+FROM known LEFT JOIN started USING (run) LEFT JOIN ended USING (run) LEFT JOIN asked USING (run)
+LEFT JOIN own USING (run) LEFT JOIN loads USING (run)
+ORDER BY started.started_at DESC NULLS LAST, known.run;
+
+-- The same request apart from the model: each pair of answers once, the model that was met first on the left.
+CREATE VIEW outputs_side_by_side AS
+SELECT a.kind, ma.names AS names_a, mb.names AS names_b,
+    a.token_ids = b.token_ids AND a.text IS NOT DISTINCT FROM b.text AND a.scalars::VARCHAR = b.scalars::VARCHAR AS same,
+    a.text AS text_a, b.text AS text_b, a.token_ids AS token_ids_a, b.token_ids AS token_ids_b,
+    a.scalars AS scalars_a, b.scalars AS scalars_b, a.finish_reason AS finish_reason_a, b.finish_reason AS finish_reason_b,
+    a.seconds AS seconds_a, b.seconds AS seconds_b,
+    a.environment_digest = b.environment_digest AS same_environment, a.prompt_token_ids,
+    a.model AS model_a, b.model AS model_b, a.key AS key_a, b.key AS key_b
+FROM answers a JOIN answers b USING (request)
+JOIN models_in_order ma ON ma.digest = a.model JOIN models_in_order mb ON mb.digest = b.model
+WHERE ma.place < mb.place;
+
+-- Modules that two models have in common, wherever they stand in them. bytes: of one copy, children not included.
+CREATE VIEW modules_shared AS
+WITH held AS (
+    SELECT model, digest, any_value(class) AS class, any_value(bytes) AS bytes, list(DISTINCT path ORDER BY path) AS paths
+    FROM modules GROUP BY model, digest
+)
+SELECT ma.names AS names_a, mb.names AS names_b, a.class, a.bytes, a.paths AS paths_a, b.paths AS paths_b,
+    digest, a.model AS model_a, b.model AS model_b
+FROM held a JOIN held b USING (digest)
+JOIN models_in_order ma ON ma.digest = a.model JOIN models_in_order mb ON mb.digest = b.model
+WHERE ma.place < mb.place;
+
+-- Why requests could not be cached. Meanings of the reasons: README.
+CREATE VIEW uncacheable_by_reason AS
+SELECT run, reason, count(*) AS requests, sum(seconds) AS seconds, min(detail) AS example
+FROM (SELECT DISTINCT ON (store, seq, n) * FROM lookups) WHERE outcome = 'uncacheable'
+GROUP BY run, reason ORDER BY run, requests DESC, reason;
+"""
+
+STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1,)
+"""Step *n* is ``STEPS[n - 1]``. A step is never edited once released; a change is a new step."""
+
+VERSION = len(STEPS)
+
+_TABLE = re.compile(r"CREATE TABLE (\w+) \( -- (.+)\n((?:    .+\n)+)\);")
+_COLUMN = re.compile(r"    (\w+) ([A-Z]+(?:\[\])?),? -- (.+)\n")
+
+
+def columns(step: str = _TABLES_1) -> dict[str, dict[str, str]]:
+    """Table → column → SQL type, as a step's text creates them."""
+    return {table: {name: kind for name, kind, _ in _COLUMN.findall(body)} for table, _, body in _TABLE.findall(step)}
+
+
+def comments(step: str) -> Iterator[str]:
+    """``COMMENT ON`` statements for the tables and columns of a step."""
+    for table, about, body in _TABLE.findall(step):
+        yield f"COMMENT ON TABLE {table} IS {quoted(about)}"
+        for column, _, said in _COLUMN.findall(body):
+            yield f"COMMENT ON COLUMN {table}.{column} IS {quoted(said)}"
+
+
+def quoted(text: str) -> str:
+    """``text`` as an SQL literal, for the places that take no parameters."""
+    return "'" + text.replace("'", "''") + "'"

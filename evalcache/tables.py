@@ -1,0 +1,160 @@
+"""Events, entries and manifests → rows of the ledger's tables. Pure: no database, no store. Level 3.5.
+
+Rows are tuples in the order of `schema.columns`. JSON is for reading: bytes stand in it as hex and not-a-number as text, so what
+has to come back exactly is kept beside it in canonical CBOR.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from evalcache.canonical import encode_trusted
+from evalcache.digest import Digest, digest_bytes
+from evalcache.frame import Question
+from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded, RunStarted
+from evalcache.manifest import Manifest
+from evalcache.records import Entry
+from evalcache.schema import columns
+
+ARRAYS_LIMIT_BYTES = 1 << 20
+"""Tensors of one output beyond this stay in the store alone: full scores of one row are hundreds of megabytes."""
+
+COLUMNS = columns()
+Row = tuple[Any, ...]
+
+
+def render_json(value: Any) -> str:
+    """``value`` as JSON for reading: bytes as hex, floats that JSON lacks as text."""
+    return json.dumps(_readable(value), ensure_ascii=False, allow_nan=False)
+
+
+def event_rows(store: str, seq: int, event: Event) -> dict[str, list[Row]]:
+    """Table → rows of one journal event. `Stored` has none: its entries are read from the store.
+
+    Args:
+        store: id of the store. seq: the event's number.
+    """
+    match event:
+        case RunStarted(run, at, command, client, client_version, versions, commit, host, policy, how):
+            told = render_json(dict(versions))
+            return {"runs": [(store, seq, run, at, command, client, client_version, told, commit, host, policy, how)]}
+        case RunEnded(run, at, status, code):
+            return {"run_ends": [(store, seq, run, at, status, code)]}
+        case ModelSeen(run, root, name, role):
+            return {"model_names": [(store, seq, run, root.hex(), name, role)]}
+        case ModelLoaded(run, root, seconds):
+            return {"model_loads": [(store, seq, run, root.hex() or None, seconds)]}
+        case Overhead(run, at, seconds):
+            return {"overheads": [(store, seq, run, at, kind, spent) for kind, spent in seconds.items()]}
+        case LookedUp():
+            return {"lookups": _lookup_rows(store, seq, event)}
+    return {}
+
+
+def request_row(key: Digest, question: Question, read: Callable[[Digest], str | None]) -> Row:
+    """One row of ``requests``.
+
+    Args:
+        read: digest of settings or an environment → its JSON, None where the store has lost it.
+    """
+    inputs = dict(question.inputs)
+    asked = digest_bytes(encode_trusted([question.kind, question.settings.value, question.tokens, inputs]))
+    return (
+        key.hex,
+        asked.hex,
+        question.kind,
+        question.model.hex,
+        question.settings.hex,
+        read(question.settings),
+        question.environment.hex,
+        read(question.environment),
+        np.frombuffer(question.tokens, dtype="<i4"),
+        render_json(inputs),
+        encode_trusted(inputs) if inputs else None,
+    )
+
+
+def output_row(entry: Entry, recorded: Mapping[str, Any], dtype: str | None) -> Row:
+    """One row of ``outputs``."""
+    result, cost = entry.result, entry.result.cost
+    scalars, recorded = dict(result.scalars), dict(recorded)
+    arrays = None
+    if result.arrays and sum(len(array.data) for array in result.arrays.values()) <= ARRAYS_LIMIT_BYTES:
+        arrays = encode_trusted({name: [a.dtype, list(a.shape), a.data] for name, a in result.arrays.items()})
+    return (
+        entry.key.hex,
+        result.text,
+        np.frombuffer(result.tokens, dtype="<i4"),
+        np.frombuffer(result.logprobs, dtype="<f8"),
+        render_json(scalars),
+        result.finish_reason,
+        cost.prompt_tokens if cost else None,
+        cost.completion_tokens if cost else None,
+        cost.seconds if cost else None,
+        cost.device if cost else None,
+        cost.batch_size if cost else None,
+        dtype,
+        render_json(recorded),
+        entry.run,
+        entry.created_at,
+        encode_trusted([scalars, recorded]) if scalars or recorded else None,
+        arrays,
+    )
+
+
+def model_rows(manifest: Manifest, data: bytes, seen_at: float) -> dict[str, list[Row]]:
+    """Rows of ``models`` and ``modules``. ``data``: the manifest's bytes; ``seen_at``: Unix seconds."""
+    about, root = manifest.about, manifest.root.hex
+    parent = about.get("parent")
+    return {
+        "models": [
+            (
+                root,
+                str(about.get("class") or manifest.modules[""].class_name),
+                None if about.get("config") is None else render_json(about["config"]),
+                parent.hex() if isinstance(parent, bytes) and len(parent) == 16 else None,
+                str(about.get("adapter") or ""),
+                str(about.get("quantisation") or ""),
+                about.get("parameters"),
+                manifest.size_bytes,
+                len(manifest.modules),
+                data,
+                seen_at,
+            )
+        ],
+        "modules": [
+            (root, path, m.digest.hex, m.class_name, len(m.tensors), sum(tensor.size_bytes for tensor in m.tensors.values()))
+            for path, m in manifest.modules.items()
+        ],
+    }
+
+
+def _lookup_rows(store: str, seq: int, event: LookedUp) -> list[Row]:
+    none = ("",) * len(event.keys)
+    model = event.model.hex() or None
+    rows = []
+    told = zip(
+        event.keys, event.outcomes, event.reasons, event.seconds, event.tasks or none, event.documents or none, strict=True
+    )
+    for n, (key, outcome, why, seconds, task, document) in enumerate(told):
+        reason, _, detail = why.partition(": ")
+        asked = (store, seq, n, event.run, event.at, key.hex() or None, model, event.client, event.role, task, document)
+        rows.append((*asked, outcome, reason or None, detail or None, seconds))
+    return rows
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _readable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(item) for item in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
