@@ -22,12 +22,17 @@ LEVELS = {
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
     "printing": 1,  # nor this
+    "folder": 1,  # where the cache folder is
     "canonical": 1.5,
     "records": 2,
     "manifest": 2,
     "leaf": 2,  # one tensor → its digest
     "attributes": 2,  # plain attributes of a module → values with a canonical encoding
     "device_sums": 2,  # position-weighted sums on the tensor's own device
+    "sidetable": 2,  # checked bytes under a key, which can be found out again
+    "tensorfile": 2,  # where each tensor of a file lies
+    "torchfile": 2.5,
+    "filememo": 2.5,  # what is known of a file's content
     "code": 2.5,  # what a module's methods are
     "weights": 3,
     "checkpoint": 3,
