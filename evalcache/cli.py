@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from evalcache.errors import EvalCacheError
+from evalcache.progress import progress_bar
 from evalcache.session import disable
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ class Place:
     """The store and the ledger of one cache folder, opened when first asked for."""
 
     def __init__(self, directory: str | None) -> None:
-        from evalcache.cache import default_directory
+        from evalcache.folder import default_folder
 
-        self.directory = default_directory() if directory is None else Path(directory)
+        self.directory = Path(default_folder() if directory is None else directory)
         self.store_path = self.directory / "store"
         self.ledger_path = self.directory / "ledger.duckdb"
 
@@ -50,7 +51,8 @@ class Place:
         from evalcache.ledger import Ledger
 
         ledger = Ledger(self.ledger_path)
-        ledger.sync(self.store)
+        with progress_bar("bringing the ledger up to date") as tell:
+            ledger.sync(self.store, progress=tell)
         return ledger
 
 
@@ -89,13 +91,17 @@ def run(directory: str | None, policy: str | None, match: str | None, command: S
 @commands.command()
 @click.argument("path", type=click.Path(exists=True))
 @click.option("--modules", is_flag=True, help="One row per module instead of the root alone.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document with stable field names.")
-def fingerprint(path: str, modules: bool, as_json: bool) -> None:
-    """Fingerprint the safetensors files of a checkpoint, without loading the model."""
+@click.option("--rehash", is_flag=True, help="Read every byte, even of files that have not been touched since the last time.")
+@_asks_a_cache
+def fingerprint(path: str, modules: bool, rehash: bool, directory: str | None, as_json: bool) -> None:
+    """Fingerprint the files of a checkpoint, without loading the model."""
     from evalcache.checkpoint import fingerprint_checkpoint
+    from evalcache.filememo import FileMemo
     from evalcache.printing import print_fields, print_json, print_table, said_bytes
 
-    manifest = fingerprint_checkpoint(path)
+    memo = FileMemo(Place(directory).directory)
+    with progress_bar("reading the checkpoint", in_bytes=True) as tell:
+        manifest = fingerprint_checkpoint(path, memo=memo, rehash=rehash, progress=tell)
     rows = [
         (name, str(module.digest), module.class_name, sum(tensor.size_bytes for tensor in module.tensors.values()))
         for name, module in manifest.modules.items()

@@ -12,6 +12,7 @@ from evalcache.digest import ALGORITHM, SIZE_BYTES, Digest
 from evalcache.errors import UnknownNameError
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
+from evalcache.progress import progress_bar
 from evalcache.store import Store
 
 _T = TypeVar("_T")
@@ -53,7 +54,8 @@ def find_manifest(text: str, open_ledger: Callable[[], Ledger]) -> Manifest:
         CheckpointError: the path is not a checkpoint.
     """
     if Path(text).exists():
-        return fingerprint_checkpoint(text)
+        with progress_bar(f"reading {text}", in_bytes=True) as tell:
+            return fingerprint_checkpoint(text, progress=tell)
     digits = _digits(text)
     hint = "give the path of a checkpoint, or the digest of a model that was run (`evalcache query 'FROM models_in_order'`)"
     if digits is None:

@@ -19,9 +19,11 @@ PACKAGE = Path(__file__).parent.parent / "evalcache"
 LEVELS = {
     "errors": 0,
     "digest": 1,
+    "folder": 1,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
     "printing": 1,  # nor this
+    "progress": 1,
     "folder": 1,  # where the cache folder is
     "canonical": 1.5,
     "records": 2,
@@ -33,9 +35,14 @@ LEVELS = {
     "tensorfile": 2,  # where each tensor of a file lies
     "torchfile": 2.5,
     "filememo": 2.5,  # what is known of a file's content
+    "sidetable": 2,  # checked bytes under a key; losing them costs time only
+    "tensorfile": 2,  # where tensors lie in a safetensors file
+    "filememo": 2.5,  # what is known of a file that has not been touched
+    "torchfile": 2.5,  # where tensors lie in a file of torch.save
     "code": 2.5,  # what a module's methods are
     "weights": 3,
     "checkpoint": 3,
+    "identity": 3.5,  # a checkpoint with its configs and code
     "environment": 3,
     "key": 3,
     "decide": 3,
