@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from evalcache.checkpoint import fingerprint_checkpoint
     from evalcache.digest import Digest
     from evalcache.errors import EvalCacheError, EvalCacheWarning, ReplayMissError, UncacheableError
-    from evalcache.integrations.scoring import loglikelihood
     from evalcache.manifest import Manifest
     from evalcache.records import Policy
-    from evalcache.session import Session, disable, enable, wrap
+    from evalcache.session import Session, disable, enable, loglikelihood, wrap
     from evalcache.weights import fingerprint
 
 _HOMES = {
@@ -51,7 +50,7 @@ _HOMES = {
     "enable": "evalcache.session",
     "fingerprint": "evalcache.weights",
     "fingerprint_checkpoint": "evalcache.checkpoint",
-    "loglikelihood": "evalcache.integrations.scoring",
+    "loglikelihood": "evalcache.session",
     "wrap": "evalcache.session",
 }
 

@@ -220,7 +220,7 @@ def explain(left: str, right: str, directory: str | None, as_json: bool) -> None
     one, other = find_key(left, store), find_key(right, store)
     reasons = explain_keys(store, one, other)
     if as_json:
-        print_json({"left": one, "right": other, "differences": reasons})
+        print_json({"left": one, "right": other, "differences": [reason._asdict() for reason in reasons]})
     else:
         print("\n".join(visible(str(reason)) for reason in reasons) or "no difference: they are one entry")
 

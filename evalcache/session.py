@@ -18,9 +18,11 @@ from evalcache.ending import how_it_ended, unwatch_exit, watch_exit
 from evalcache.importhook import ImportHook
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from evalcache.cache import Cache
+    from evalcache.integrations.scoring import Score
 
 TRIGGERS = ("transformers.generation.utils", "transformers.modeling_utils")
 """The modules that a script has imported before it can hold a model. ``transformers`` itself comes without torch, and importing
@@ -198,6 +200,36 @@ def wrap(model: Any, cache: Cache | None = None) -> Any:
 
     cache = cache if cache is not None else session_cache()
     return model if cache is None else wrap_model(model, cache)
+
+
+def loglikelihood(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    cache: Cache | None = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+) -> list[Score]:
+    """Log-probabilities of continuations, scored in length-sorted batches, from the store where they are known.
+
+    Args:
+        model: a causal transformers model. tokenizer: turns text into ids; only the ids are keyed.
+        pairs: (context, continuation); spaces at a context's end go to the continuation.
+        cache: where to look and store; None means this process's session, as in `wrap`.
+        batch_tokens: padded tokens of one batch; no part of the key.
+        max_length: tokens that the model can read; None means its config's. Longer inputs lose their beginning.
+
+    Returns:
+        One `Score` per pair, in order: the sum, one log-probability per token, and whether greedy decoding would say the same.
+
+    Raises:
+        EvalCacheError: a continuation without tokens, or an encoder–decoder model.
+    """
+    from evalcache.integrations import scoring
+
+    cache = cache if cache is not None else session_cache()
+    return scoring.loglikelihood(model, tokenizer, pairs, cache=cache, batch_tokens=batch_tokens, max_length=max_length)
 
 
 def session_cache() -> Cache | None:
