@@ -41,17 +41,24 @@ _REFUSED = {
     "use_mtp": "assistant",
     "max_time": "max_time",
 }
-# Settings whose processors look at padding: values at which they do nothing.
-_PAD_SENSITIVE: dict[str, tuple[Any, ...]] = {
+# Settings whose processors look at padding of the prompt, or of the encoder's input: values at which they do nothing.
+_DECODER_SENSITIVE: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
     "bad_words_ids": (None,),
     "sequence_bias": (None,),
+    "forced_bos_token_id": (None,),  # acts on prompts of width 1 only
+}
+_ENCODER_SENSITIVE: dict[str, tuple[Any, ...]] = {
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+}
+_ALWAYS_SENSITIVE: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
     "guidance_scale": (None, 1, 1.0),
 }
+_COMPILES = frozenset({"compile_config", "disable_compile"})
 _ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask".split())
+_ALONG_PROMPT = frozenset({"position_ids", "token_type_ids"})
 _BATCH_TENSORS = frozenset(
     "pixel_values pixel_attention_mask pixel_values_videos image_grid_thw video_grid_thw image_sizes input_features "
     "input_values encoder_attention_mask cross_attention_mask aspect_ratio_ids aspect_ratio_mask mm_token_type_ids".split()
@@ -62,11 +69,17 @@ _MODES = frozenset({"greedy_search", "sample", "beam_search", "beam_sample"})
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a model's rows depend on, as the probe found: ``rows`` on nothing but themselves; on padding ``left``, ``right`` not."""
+    """What a model's rows depend on, as the probe found.
+
+    Args:
+        rows: on nothing but themselves. left: not on padding before them; right: not on padding after them.
+        draws: a forward draws random numbers, so that a greedy answer depends on the generators too.
+    """
 
     rows: bool
     left: bool
     right: bool
+    draws: bool = False
 
 
 @dataclass(slots=True)
@@ -151,13 +164,17 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     config, others = model._prepare_generation_config(base, **given)
     mask = others.pop("attention_mask", None)
     model._prepare_special_tokens(config, mask is not None, device=ids.device, batch_size=ids.shape[0])
+    encoder_decoder = bool(model.config.is_encoder_decoder)
     if mask is None:
-        mask = model._prepare_attention_mask_for_generation(ids, config, {})
+        # The engine infers a decoder's mask from its pad ids, and leaves an encoder without one.
+        mask = torch.ones_like(ids) if encoder_decoder else model._prepare_attention_mask_for_generation(ids, config, {})
     if mask.shape != ids.shape:
         raise UncacheableError("argument", f"attention_mask of shape {tuple(mask.shape)}")
-    row_tensors, batch_tensors, plain = _sort_arguments(others, ids.shape[0])
+    if mask.is_floating_point() or not bool(((mask == 0) | (mask == 1)).all()):
+        raise UncacheableError("argument", "attention_mask with other values than the integers 0 and 1")
+    model._validate_model_kwargs(dict(others))
+    row_tensors, batch_tensors, plain = _sort_arguments(others, ids.shape)
 
-    encoder_decoder = bool(model.config.is_encoder_decoder)
     if encoder_decoder:
         prefix = row_tensors.get("decoder_input_ids")
         if prefix is None:
@@ -189,13 +206,13 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
         settings["arguments"] = plain
 
     ends = config._eos_token_tensor
-    samples = bool(config.do_sample)
+    samples = bool(config.do_sample) or traits.draws
     scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-    stops = config.stop_strings is not None or bool(criteria)
-    whole = samples or scores or bool(batch_tensors) or (ids.shape[0] > 1 and (stops or not traits.rows))
-    sensitive = bool(processors or criteria) or any(
-        settings.get(name) not in neutral for name, neutral in _PAD_SENSITIVE.items() if name in settings
-    )
+    # A caller's criteria take the place of the end ids, and a processor may hold a tensor with a line for each row.
+    whole = samples or scores or bool(batch_tensors or processors or criteria)
+    whole = whole or (ids.shape[0] > 1 and (config.stop_strings is not None or not traits.rows))
+    watched = _ALWAYS_SENSITIVE | (_ENCODER_SENSITIVE if encoder_decoder else _DECODER_SENSITIVE)
+    sensitive = any(settings.get(name) not in neutral for name, neutral in watched.items() if name in settings)
     call = Call(
         arguments=arguments,
         ids=ids,
@@ -247,7 +264,7 @@ def _is_default(model: Any, base: Any, given: Mapping[str, Any], name: str) -> b
     )
 
 
-def _sort_arguments(others: Mapping[str, Any], rows: int) -> tuple[dict, dict, dict]:
+def _sort_arguments(others: Mapping[str, Any], shape: torch.Size) -> tuple[dict, dict, dict]:
     """Model arguments by how they are keyed: a tensor's rows, tensors of the whole batch, plain values."""
     row_tensors: dict[str, torch.Tensor] = {}
     batch_tensors: dict[str, torch.Tensor] = {}
@@ -257,7 +274,10 @@ def _sort_arguments(others: Mapping[str, Any], rows: int) -> tuple[dict, dict, d
             continue
         if name in ("output_attentions", "output_hidden_states"):
             raise UncacheableError("output", name)
-        if isinstance(value, torch.Tensor) and name in _ROW_TENSORS and value.shape[:1] == (rows,):
+        # Positions of three rope sections come as (3, batch, width): what looks like rows may be sections.
+        if isinstance(value, torch.Tensor) and name in _ROW_TENSORS:
+            if value.dim() != 2 or (value.shape != shape if name in _ALONG_PROMPT else value.shape[0] != shape[0]):
+                raise UncacheableError("argument", f"{name} of shape {tuple(value.shape)}")
             row_tensors[name] = value
         elif isinstance(value, torch.Tensor) and name in _BATCH_TENSORS:
             batch_tensors[name] = value
@@ -270,7 +290,12 @@ def _sort_arguments(others: Mapping[str, Any], rows: int) -> tuple[dict, dict, d
 
 def _settings(config: Any, prefix_length: int, encoder_decoder: bool) -> dict[str, Any]:
     """The effective settings: resolved, inactive ones dropped, lengths as numbers of new tokens."""
-    values = {name: value for name, value in config.to_dict().items() if value is not None and name not in _NEUTRAL}
+    if not type(config).__module__.startswith("transformers."):
+        raise UncacheableError("argument", f"generation_config of type {type(config).__name__}")
+    neutral = _NEUTRAL
+    if "static" in str(config.cache_implementation):
+        neutral = _NEUTRAL - _COMPILES  # a static cache makes the engine compile the model, where the device is one for it
+    values = {name: value for name, value in config.to_dict().items() if value is not None and name not in neutral}
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     for name, reason in _REFUSED.items():
         if values.get(name):
@@ -288,6 +313,8 @@ def _settings(config: Any, prefix_length: int, encoder_decoder: bool) -> dict[st
         inactive |= {"decoder_start_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"}
     for name in inactive:
         values.pop(name, None)
+    if isinstance(values.get("stop_strings"), str):
+        values["stop_strings"] = [values["stop_strings"]]
     values["max_new_tokens"] = config.max_length - prefix_length
     values["min_new_tokens"] = max(0, (config.min_length or 0) - prefix_length)
     ends = values.pop("eos_token_id", None)
@@ -341,10 +368,9 @@ def _row_requests(call: Call, settings: Fields, traits: Traits, sensitive: bool)
             inputs["mask"] = kept[first:end].tobytes()
         for name, tensor in call.row_tensors.items():
             values = tensor[row]
-            if name == "position_ids" and values.shape == (width,) and "padded" not in inputs:
+            if name in _ALONG_PROMPT and "padded" not in inputs:
                 values = values[first:end]
-            inputs[name] = digest_bytes(tensor_bytes(values)).value
-            inputs[f"{name}.shape"] = list(values.shape)
+            inputs[name] = [str(values.dtype), list(values.shape), digest_bytes(tensor_bytes(values)).value]
         requests.append(Request("generate", pack_tokens(ids[row][kept]), settings, inputs))
     return requests
 
@@ -420,7 +446,8 @@ def assemble_rows(call: Call, results: Sequence[Result]) -> Any:
         rows.append(unpack_tokens(result.tokens))
         rows += [unpack_tokens(more) for more in result.scalars.get("sequences", ())]
     longest = max(len(row) for row in rows)
-    new = torch.full((len(rows), longest), call.fill_id, dtype=call.prefix.dtype)
+    # The engine appends int64 ids to what it was given.
+    new = torch.full((len(rows), longest), call.fill_id, dtype=torch.promote_types(call.prefix.dtype, torch.int64))
     for place, row in enumerate(rows):
         new[place, : len(row)] = torch.from_numpy(row.astype("int64"))
     prefix = call.prefix if call.returned == 1 else call.prefix.repeat_interleave(call.returned, dim=0)

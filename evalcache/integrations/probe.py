@@ -1,8 +1,8 @@
-"""Do a model's rows depend on their neighbours, or on their padding? Asked of the model itself, once per class and dtype.
+"""Do a model's rows depend on their neighbours, or on their padding? Asked of the model itself, once per set of weights.
 
 Most architectures answer a row alike alone, beside others, and with padding before it; some do not (absolute positions that
-count padding, recurrent states that ignore the mask), and no list of them would stay right. Rotary embeddings that change with the
-longest row and experts with a capacity cannot be seen on short rows, so these are known by name.
+count padding, recurrent states that ignore the mask), and no list of them would stay right. What cannot be seen on short rows is
+known by name: rotary embeddings that change with the longest row, experts with a capacity, attention over blocks.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
-from evalcache.integrations.generation import Traits
+from evalcache.integrations.generation import Traits, generator_states, restore_generators
 
 _BATCH_ROPES = frozenset({"dynamic", "longrope"})
-_BATCH_MODELS = frozenset({"rwkv", "switch_transformers", "nllb-moe", "reformer", "xlnet"})
+# Recurrent ones, experts with a capacity, and attention over blocks, which are cut by padded position.
+_BATCH_MODELS = frozenset(
+    "rwkv switch_transformers nllb-moe reformer xlnet longformer led big_bird bigbird_pegasus longt5 pegasus_x".split()
+)
 _LENGTH, _MORE, _STEPS = 8, 4, 3
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
@@ -50,46 +53,60 @@ def probe(model: Any, generate: Any) -> Traits:
         model: a transformers model in eval mode. generate: its untouched ``generate``, bound.
 
     Returns:
-        All False where the probe cannot be run: then every batch is one Action.
+        Rows and padding all False where the probe cannot be run, or tells nothing (a model whose answer does not even depend on
+        the order of the prompt): then every batch is one Action.
 
-    Cost: four generations of three tokens.
+    Cost: five generations of three tokens. The generators are left as they were.
     """
-    if batch_dependent(model.config):
-        return Traits(False, False, False)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
-    if vocabulary < 4:
-        return Traits(False, False, False)
-    draws = torch.Generator().manual_seed(0)  # never the script's own generator
-    device = model.device
-    row = torch.randint(2, vocabulary, (1, _LENGTH), generator=draws).to(device)
-    other = torch.randint(2, vocabulary, (1, _LENGTH + _MORE), generator=draws).to(device)
-    pad = torch.ones((1, _MORE), dtype=torch.long, device=device)
-    ones, zeros = torch.ones_like(row), torch.zeros_like(pad)
+    states = generator_states(model.device)
     try:
-        alone = _logits(generate, row, ones)
-        neighbour = _logits(
-            generate, torch.cat([row, other[:, :_LENGTH]]), torch.ones(2, _LENGTH, dtype=torch.long, device=device)
-        )
-        left = _logits(
-            generate,
-            torch.cat([torch.cat([pad, row], 1), other]),
-            torch.cat([torch.cat([zeros, ones], 1), torch.ones_like(other)]),
-        )
-        right = _logits(
-            generate,
-            torch.cat([torch.cat([row, pad], 1), other]),
-            torch.cat([torch.cat([ones, zeros], 1), torch.ones_like(other)]),
-        )
+        if vocabulary < _LENGTH:
+            return _unknown(draws=True)
+        found = _ask(model, generate, vocabulary)
+        draws = not all(map(torch.equal, states, generator_states(model.device)))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-        return Traits(False, False, False)
-    tolerance = _TOLERANCE.get(alone.dtype, 0.0)
-    alone = alone.double()
-    scale = max(1e-3, float(alone.abs().max()))
+        return _unknown(draws=True)
+    finally:
+        restore_generators(states, model.device)
+    if batch_dependent(model.config):
+        return _unknown(draws)
+    return Traits(*found, draws)
 
-    def same(found: torch.Tensor) -> bool:
-        return bool((found.double() - alone).abs().max() <= tolerance * scale)
 
-    return Traits(same(neighbour), same(left), same(right))
+def _unknown(draws: bool) -> Traits:
+    return Traits(False, False, False, draws)
+
+
+def _ask(model: Any, generate: Any, vocabulary: int) -> tuple[bool, bool, bool]:
+    """Whether the first row answers alike beside another one, with padding before it, and with padding after it."""
+    numbers = torch.Generator().manual_seed(0)  # never the script's own generator
+    device = model.device
+    row = torch.randint(2, vocabulary, (1, _LENGTH), generator=numbers)
+    row[0, :2] = torch.tensor([2, vocabulary - 1])
+    other = torch.randint(2, vocabulary, (1, _LENGTH + _MORE), generator=numbers)
+    turned = torch.cat([row[:, :-1].flip(1), row[:, -1:]], 1)
+    # Not pad ids alone: some models count positions by looking for those, whatever the mask says.
+    pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+    filler = torch.tensor([[pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocabulary else 0, vocabulary - 2, 1, 3]])
+    ones, zeros = torch.ones_like(row), torch.zeros_like(filler)
+    long = torch.ones_like(other)
+
+    def ask(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return _logits(generate, ids.to(device), mask.to(device))
+
+    alone = ask(row, ones)
+    tolerance = _TOLERANCE.get(alone.dtype, 0.0) * max(1e-3, float(alone.double().abs().max()))
+
+    def apart(found: torch.Tensor) -> float:
+        return float((found.double() - alone.double()).abs().max())
+
+    if not apart(ask(turned, ones)) > 2 * tolerance:
+        return False, False, False
+    beside = apart(ask(torch.cat([row, other[:, :_LENGTH]]), torch.ones(2, _LENGTH, dtype=torch.long)))
+    left = apart(ask(torch.cat([torch.cat([filler, row], 1), other]), torch.cat([torch.cat([zeros, ones], 1), long])))
+    right = apart(ask(torch.cat([torch.cat([row, filler], 1), other]), torch.cat([torch.cat([ones, zeros], 1), long])))
+    return beside <= tolerance, left <= tolerance, right <= tolerance
 
 
 def _logits(generate: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from evalcache.canonical import digest_canonical
 from evalcache.digest import digest_bytes
 from evalcache.errors import UncacheableError
 from evalcache.weights import tensor_bytes
@@ -49,9 +50,13 @@ def tokenizer_digest(tokenizer: Any) -> bytes:
         UncacheableError: ``criterion``, it is no fast tokenizer, whose content can be read whole.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None or not type(tokenizer).__module__.startswith("transformers."):
         raise UncacheableError("criterion", f"stop strings with a {type(tokenizer).__name__}")
-    return digest_bytes(backend.to_str().encode()).value
+    text = backend.to_str()
+    # What stands before the added tokens is how the last prompts were padded and cut, which changes from call to call.
+    text = text[max(0, text.find('"added_tokens"')) :]
+    decoding = [type(tokenizer).__qualname__, str(getattr(tokenizer, "clean_up_tokenization_spaces", None))]
+    return digest_canonical([*decoding, digest_bytes(text.encode()).value]).value
 
 
 def _describe(one: Any, reason: str, module: str) -> list[Any]:
