@@ -54,7 +54,7 @@ def describe_environment(
         "dtype": _short(getattr(model, "dtype", None)),
         "default_dtype": _short(torch.get_default_dtype()),
         "autocast": [_short(torch.get_autocast_dtype(one)) for one in kind.split("+") if torch.is_autocast_enabled(one)],
-        "matmul_precision": [torch.get_float32_matmul_precision(), *_float32_precisions()],
+        "matmul_precision": _float32_precisions(),
         "compiled": _is_compiled(model),
         "kernels": _kernels(getattr(model, "config", None)),
         "sdp": [
@@ -101,11 +101,15 @@ def _is_compiled(model: Any) -> bool:
 
 
 def _float32_precisions() -> list[str]:
-    """The newer settings beside `get_float32_matmul_precision`, which does not tell of them all."""
+    """How exact products of float32 are: torch's old setting, and the newer ones, of which the old does not tell."""
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to say once the newer ones were set
+        legacy = "newer"
     owners = [getattr(torch.backends, name, None) for name in ("mkldnn", "cudnn")]
     owners += [torch.backends, getattr(torch.backends.cuda, "matmul", None)]
     owners += [getattr(owner, "matmul", None) for owner in owners[:1]] + [getattr(owner, "conv", None) for owner in owners[:2]]
-    return [str(getattr(owner, "fp32_precision", "")) for owner in owners]
+    return [legacy, *[str(getattr(owner, "fp32_precision", "")) for owner in owners]]
 
 
 def _kernels(config: Any) -> dict[str, list[str]]:
