@@ -31,7 +31,6 @@ Progress = Callable[[int, int], None]
 
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_ZIP_MAGIC = b"PK\x03\x04"
 _MEMO_KIND = "tensors 1"
 _PARALLEL_FROM_BYTES = 32 << 20
 _THREADS = 2  # one reads at about memory speed, two saturate it
@@ -205,8 +204,8 @@ class _Reader:
         # Unmapped when the last view of it is gone. A file that is cut short meanwhile ends the process, as it would in any
         # reader of safetensors; reading through a buffer instead would cost half the speed.
         data = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-        # By content, as torch.load does: a name may lie, and a link into a hub's cache leads to a file without a suffix.
-        tensors = (read_torch_file if data[:4] == _ZIP_MAGIC else read_safetensors)(str(file), data)
+        # By name, as transformers does. A file can be made that is good in both formats, with different tensors in each.
+        tensors = (read_safetensors if file.suffix == ".safetensors" else read_torch_file)(str(file), data)
         kept = []
         for tensor, digest in zip(tensors, _digests(tensors, data), strict=True):
             kept.append(_Kept(tensor.name, tensor.offset, TensorRecord(digest, tensor.dtype, tensor.shape, tensor.size_bytes)))

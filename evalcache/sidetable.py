@@ -69,6 +69,7 @@ class SideTable:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         connection = sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None)
         try:
+            connection.text_factory = bytes  # a damaged row may claim to be text that is none
             connection.execute("PRAGMA journal_mode = WAL")  # readers do not wait for the writer
             connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may take the last rows, never the file
             connection.execute(_SCHEMA)
