@@ -2,8 +2,8 @@
 
 All hold the same results (300 prompt tokens, 64 new ones, their text, a cost) and return them decoded:
 
-* **sqlitedict**: pickled, ``autocommit=True``, SHA-256 in hex for keys; a lookup is ``key in db`` and ``db[key]``, a write ``db[key] = result`` with one
-  ``commit()`` at the end, as in lm_eval 0.4.13 ``CachingLM``;
+* **sqlitedict**: pickled, ``autocommit=True``, SHA-256 in hex for keys; a lookup is ``key in db`` and ``db[key]``, a write
+  ``db[key] = result`` with one ``commit()`` at the end, as in lm_eval 0.4.13 ``CachingLM``;
 * **diskcache**: pickled, one ``get`` or ``set`` a key, its own default settings but no size limit;
 * **lmdb**: our frames, one transaction, the same `encode_frame` and `decode_entry`; durable writes.
 

@@ -35,6 +35,7 @@ _UPSERT = (
     " store_time = excluded.store_time, expire_time = NULL, size = 0, mode = 1, filename = NULL, value = excluded.value"
 )
 _FORK_WAIT_S = 5.0
+_PAGE_BYTES = 8192
 _BAD_ROW_CODES = frozenset({None, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_IOERR})  # None: undecodable text where bytes belong
 _SETTINGS: dict[str, Any] = {
     "statistics": 0,
@@ -43,7 +44,9 @@ _SETTINGS: dict[str, Any] = {
     "disk_min_file_size": 1 << 30,  # every value in its row, so that a transaction covers it
     "sqlite_auto_vacuum": 0,  # FULL would move pages at each commit that follows a drained journal; free pages are used again
     "sqlite_cache_size": -(64 << 10),  # KiB
-    "sqlite_mmap_size": 0,  # saves a fifth of a lookup, but a mapped file that shrinks or fails under us is SIGBUS, not an error
+    # A quarter of a bulk lookup in shuffled order. SQLite only reads through the map, so a full disk is an error as ever; what
+    # would be a signal instead of an error is a failing disk, or a file that something else cuts short: we never shrink it.
+    "sqlite_mmap_size": 1 << 30,
     "sqlite_journal_size_limit": 64 << 20,  # a bulk commit does not leave its log at that size for ever
     "sqlite_synchronous": 2,  # FULL: a commit that returned survives a power cut
 }
@@ -96,8 +99,7 @@ class Rows:
         self._fork_held = False
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # SQLite gives its side files the mode of the database file.
-            os.close(os.open(self.directory / "cache.db", os.O_RDWR | os.O_CREAT, 0o600))
+            _make_database(self.directory / "cache.db")
             # Absolute, because diskcache opens connections later, when the working directory may be another.
             self._cache = diskcache.Cache(str(self.directory.absolute()), timeout=timeout_s, disk=BytesDisk, **_SETTINGS)
         except (OSError, sqlite3.Error, diskcache.Timeout, TypeError, ValueError, AssertionError) as error:
@@ -108,8 +110,8 @@ class Rows:
         """Let go of this thread's connection; other threads' go with them. A later call opens it again."""
         self._cache.close()
 
-    def select(self, keys: Sequence[bytes], unreadable: list[tuple[bytes, str]]) -> Iterator[tuple[bytes, Any]]:
-        """(key, value) of the rows under these keys, about a thousand to a statement; a value is whatever the row holds.
+    def select(self, keys: Sequence[bytes], unreadable: list[tuple[bytes, str]]) -> Iterator[list[tuple[bytes, Any]]]:
+        """(key, value) of the rows under these keys, about a thousand to a list and statement; a value is whatever the row holds.
 
         Args:
             unreadable: takes (key, why) of rows that SQLite itself cannot read; they do not cost the others.
@@ -122,10 +124,9 @@ class Rows:
             # Filled up by repeating one key, for few statement texts: SQLite drops equal members of a list.
             width = next(width for width in _WIDTHS if width >= len(chunk))
             try:
-                found = self._cache._sql(_SELECT[width], (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()
+                yield self._cache._sql(_SELECT[width], (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()
             except sqlite3.Error:
-                found = self._select_singly(chunk, unreadable)
-            yield from found
+                yield self._select_singly(chunk, unreadable)
 
     def _select_singly(self, keys: Sequence[bytes], unreadable: list[tuple[bytes, str]]) -> list[tuple[bytes, Any]]:
         found: list[tuple[bytes, Any]] = []
@@ -246,6 +247,22 @@ class Rows:
     def unusable(self, what: str, error: object, hint: str = "check its rights and space, or set EVALCACHE_DIR") -> StoreError:
         """The error to raise when this folder does not do what it should."""
         return StoreError(f"store {self.directory} {what}: {error}", hint=hint, path=str(self.directory))
+
+
+def _make_database(path: Path) -> None:
+    """An empty database of ours, unless there is one: with rights that SQLite passes on to its side files, and larger pages.
+
+    Two entries with 300 tokens fit a page of SQLite's default 4096 bytes and five one of 8192, which saves a seventh of the disk.
+    diskcache sets the journal's mode first, after which a page size can no longer be chosen.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return
+    # Where another process is quicker, its pages have the default size, and nothing else is different.
+    with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        connection.execute("PRAGMA user_version = 1")  # the first write fixes the page size
 
 
 # SQLite forbids carrying an open connection across fork, and a child must not inherit a transaction of another thread: so no

@@ -16,7 +16,7 @@ import gc
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,24 +94,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be read at all.
         """
-        by_value = {key.value: key for key in keys}
-        found: dict[Digest, Entry | FrameError] = {}
-        unreadable: list[tuple[bytes, str]] = []
-        bad: list[tuple[Digest, Any, FrameError]] = []
-        with _collector_paused(len(keys) >= _PAUSE_FROM_KEYS):
-            for value, frame in self._rows.select(list(by_value), unreadable):
-                key = by_value[value]
-                try:
-                    found[key] = decode_entry(key, frame)
-                except FrameError as error:
-                    bad.append((key, frame, error))
-        for value, why in unreadable:
-            key = by_value[value]
-            bad.append((key, None, _unreadable(key, why)))
-        if bad:
-            found.update((key, error) for key, _, error in bad)
-            self._set_aside(bad)
-        return found
+        return self._read(keys, decode_entry)
 
     def get(self, key: Digest) -> Entry | FrameError | None:
         """`get_many` of one key."""
@@ -127,18 +110,8 @@ class Store:
         Raises:
             StoreError: the folder cannot be read at all.
         """
-        by_value = {key.value: key for key in keys}
-        found: dict[Digest, Question] = {}
-        bad: list[tuple[Digest, Any, FrameError]] = []
-        for value, frame in self._rows.select(list(by_value), []):
-            key = by_value[value]
-            try:
-                found[key] = decode_question(key, frame)
-            except FrameError as error:
-                bad.append((key, frame, error))
-        if bad:
-            self._set_aside(bad)
-        return found
+        found = self._read(keys, decode_question)
+        return {key: question for key, question in found.items() if isinstance(question, Question)}
 
     def get_object(self, name: str) -> bytes | None:
         """A shared object's bytes; None where there is none, or where it failed its checks and was set aside."""
@@ -294,6 +267,26 @@ class Store:
                     yield str(error)
 
     # Within
+
+    def _read(self, keys: Sequence[Digest], decode_frame: Callable[[Digest, bytes], Any]) -> dict[Digest, Any]:
+        """What ``decode_frame`` makes of the frames under these keys, or the `FrameError` of those that were set aside."""
+        by_value = {key.value: key for key in keys}
+        found: dict[Digest, Any] = {}
+        unreadable: list[tuple[bytes, str]] = []
+        bad: list[tuple[Digest, Any, FrameError]] = []
+        with _collector_paused(len(keys) >= _PAUSE_FROM_KEYS):
+            for rows in self._rows.select(list(by_value), unreadable):
+                for value, frame in rows:
+                    key = by_value[value]
+                    try:
+                        found[key] = decode_frame(key, frame)
+                    except FrameError as error:
+                        bad.append((key, frame, error))
+        bad += [(by_value[value], None, _unreadable(by_value[value], why)) for value, why in unreadable]
+        if bad:
+            found.update((key, error) for key, _, error in bad)
+            self._set_aside(bad)
+        return found
 
     def _set_aside(self, bad: Sequence[tuple[Digest, Any, FrameError]]) -> None:
         self.corrupt_count += len(bad)
