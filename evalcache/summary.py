@@ -44,7 +44,7 @@ def format_summary(counts: Counts, ledger: str, *, why: Sequence[str] = (), rank
         f"(measured when first computed; {format_seconds(overhead_s)} overhead subtracted)",
     ]
     if counts.misses and not counts.hits and why:
-        parts.append(f"no hits because {'; '.join(why)}")
+        parts.append(f"no hits: {'; '.join(why)}")
     digests = list(dict.fromkeys(counts.models.values()))
     if digests:
         shown = ", ".join(f"{digest.algorithm}:{digest.hex[:_DIGITS]}…" for digest in digests)

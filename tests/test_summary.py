@@ -29,7 +29,7 @@ def test_nothing_hit_says_why_and_owns_up_to_the_loss():
     counts = Counts(misses=2, models={"a": ONE, "b": OTHER, "a again": ONE}, overhead=Counter(checks=0.5))
     line = format_summary(counts, "l", why=["transformers 5.22 → 5.23", "temperature 0.7 → 0.8"])
     assert "0 hits, 2 misses, 0 uncacheable, 0 duplicates merged; saved -0.50 s" in line
-    assert "; no hits because transformers 5.22 → 5.23; temperature 0.7 → 0.8; " in line
+    assert "; no hits: transformers 5.22 → 5.23; temperature 0.7 → 0.8; " in line
     assert "models xxh3_128:ab12cd34ef56…, xxh3_128:999999999999…" in line
     assert "\n" not in line
 
