@@ -188,7 +188,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored Result and who made it. What it answers is read by `Store.get_action`, only on demand.
+    """A stored Result and who made it. What it answers is read by `Store.get_question`, only on demand.
 
     Args:
         key: the Action's key.
