@@ -30,7 +30,15 @@ LOCK_TIMEOUT_S = 10.0
 """How long to queue behind other processes of evalcache."""
 
 _FILE_FORMAT = "v1.5.0"  # the newest that duckdb 1.5 and 2.0 both read and write
-_LOCKED = ("lock", "already attached", "Unique file handle", "different configuration", "being used by another process")
+_WRITER_THREADS = 2  # a sync runs beside the eval, whose cores they are
+_LOCKED = (
+    "Could not set lock",
+    "Conflicting lock",
+    "already attached",
+    "Unique file handle",
+    "different configuration",
+    "being used by another process",
+)
 
 Ask = Callable[..., "Table"]
 
@@ -82,7 +90,7 @@ class Ledger:
             return SyncReport(0, 0, time.perf_counter() - began, 0)
         store_id = store.store_id
         with self._turn():
-            fresh = self._prepare()
+            fresh = self._make()
             with self._attached() as connection:
                 intake = Intake(connection, store)
                 known = last = intake.last_seq(store_id)
@@ -98,6 +106,9 @@ class Ledger:
                     intake.finish()
                     if last > known:
                         connection.execute("INSERT INTO synced VALUES (?, ?, make_timestamp(?))", [store_id, last, _now_us()])
+                # DuckDB gives its log the usual mode, and it stays when this process is killed.
+                with contextlib.suppress(OSError):
+                    Path(f"{self.path}.wal").chmod(0o600)
             if last > known:
                 # On a fresh connection: a COMMIT that was answered has been seen to be gone after a kill around its checkpoint.
                 with self._attached(read_only=True) as connection:
@@ -120,7 +131,7 @@ class Ledger:
         """
         began = time.perf_counter()
         with self._turn():
-            self._prepare()
+            self._make()
             with self._attached() as connection:
                 intake = Intake(connection, store)
                 with _transaction(connection):
@@ -146,7 +157,7 @@ class Ledger:
             LedgerError: the file is no ledger, or (from ``ask``) the query is wrong, in DuckDB's words.
         """
         with self._turn():
-            self._prepare()
+            self._make()
             with self._attached(read_only=not unsafe) as connection:
                 if not unsafe:
                     connection.execute("SET enable_external_access = false")
@@ -181,52 +192,66 @@ class Ledger:
             lock.release()
 
     @contextlib.contextmanager
-    def _attached(self, path: Path | None = None, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _attached(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+        """The file, opened with the newest schema."""
+        with self._opened(self.path, read_only=read_only) as connection:
+            version = self._version(connection)
+            if version > VERSION:
+                raise LedgerError(
+                    f"{self.path}: the ledger has schema {version}, this evalcache knows up to {VERSION}",
+                    hint="upgrade evalcache, or use another folder",
+                    path=self.path,
+                    expected=VERSION,
+                    found=version,
+                )
+            if version == VERSION or not read_only:
+                self._apply(connection, version)
+                yield connection
+                return
+        with self._attached():
+            pass  # an elder schema cannot be read before it has been brought up to date
+        with self._attached(read_only=True) as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection of its own with the file attached and in use as ``ledger``; closing it folds the write-ahead log in."""
-        path = path or self.path
         options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{_FILE_FORMAT}'"
-        with contextlib.closing(duckdb.connect(":memory:")) as connection:
-            try:
+        try:
+            with contextlib.closing(duckdb.connect(":memory:")) as connection:
+                # Beside the ledger, not in the working directory, which is the user's.
+                connection.execute(f"SET temp_directory = {quoted(f'{self.path}.tmp')}")
+                if not read_only:
+                    connection.execute(f"SET threads = {min(_WRITER_THREADS, os.cpu_count() or 1)}")
                 connection.execute(f"ATTACH {quoted(str(path))} AS ledger ({options})")
                 connection.execute("USE ledger")
-            except (duckdb.Error, RuntimeError) as error:
-                if any(word in str(error) for word in _LOCKED):
-                    raise self._locked("another program has the ledger open") from error
-                raise LedgerError(f"{path}: not a usable ledger: {error}", path=path) from error
-            yield connection
+                yield connection
+        except duckdb.Error as error:
+            if any(word in str(error) for word in _LOCKED):
+                raise self._locked("another program has the ledger open") from error
+            raise LedgerError(f"{path}: {error}", path=path) from error
 
     def _locked(self, message: str) -> LedgerLockedError:
         return LedgerLockedError(f"{self.path}: {message}", hint="nothing is lost; try again when it is closed", path=self.path)
 
-    def _prepare(self) -> bool:
-        """Make the file where there is none, and apply the steps that it lacks. Returns whether it was made."""
-        if not self.path.exists():
-            # Made elsewhere and moved: nobody ever sees half a schema, nor the file before it has its mode.
-            made = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-            try:
-                with self._attached(made) as connection:
-                    self._apply(connection, 0)
-                made.chmod(0o600)
-                # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.
-                Path(f"{self.path}.wal").unlink(missing_ok=True)
-                made.replace(self.path)
-            finally:
-                made.unlink(missing_ok=True)
-            return True
-        with self._attached(read_only=True) as connection:
-            version = self._version(connection)
-        if version > VERSION:
-            raise LedgerError(
-                f"{self.path}: the ledger has schema {version}, this evalcache knows up to {VERSION}",
-                hint="upgrade evalcache, or use another folder",
-                path=self.path,
-                expected=VERSION,
-                found=version,
-            )
-        if version < VERSION:
-            with self._attached() as connection:
-                self._apply(connection, version)
-        return False
+    def _make(self) -> bool:
+        """Make the file where there is none; returns whether it was."""
+        if self.path.exists():
+            return False
+        # Made elsewhere and moved: nobody ever sees half a schema, nor the file before it has its mode.
+        made = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            with self._opened(made) as connection:
+                self._apply(connection, 0)
+            made.chmod(0o600)
+            # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.
+            Path(f"{self.path}.wal").unlink(missing_ok=True)
+            made.replace(self.path)
+        except OSError as error:
+            raise LedgerError(f"{self.path}: the ledger cannot be made: {error}", path=self.path) from error
+        finally:
+            made.unlink(missing_ok=True)
+        return True
 
     def _version(self, connection: duckdb.DuckDBPyConnection) -> int:
         try:
