@@ -16,16 +16,17 @@ import threading
 import time
 import uuid
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import platformdirs
+from typing import Any
 
 from evalcache.decide import decide
 from evalcache.digest import Digest
 from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError, LedgerLockedError, StoreError
+from evalcache.folder import default_folder
 from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded, RunStarted
 from evalcache.key import key_of
 from evalcache.ledger import Ledger
@@ -35,12 +36,14 @@ from evalcache.store import Store
 
 CHECK_SHARE = 0.01
 """A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both."""
+COMMIT_S = 3.0
 FLUSH_S = 2.0
 SYNC_S = 30.0
 PENDING_S = 10.0
 
-Compute = Callable[[list[int]], list[Result]]
-"""Given the positions to compute (misses only, duplicates merged, in first-seen order), returns their results in that order."""
+Compute = Callable[[Sequence[int]], Iterable[tuple[int, Result]]]
+"""Given the positions to compute (misses only, duplicates merged, in first-seen order), gives (position, result) for each, in any
+order and as they are made: a long call is checked and committed every few seconds."""
 
 
 @dataclass
@@ -76,9 +79,10 @@ class Watch:
     Args:
         fingerprint: reads every byte of the model and returns its manifest; called whenever control has been elsewhere.
         name: what the caller calls the model. role: of a model among several in one run.
+        subject: the model; kept alive while a batch of it waits for a check, and not a moment longer.
     """
 
-    def __init__(self, fingerprint: Callable[[], Manifest], name: str = "", role: str = "") -> None:
+    def __init__(self, fingerprint: Callable[[], Manifest], name: str = "", role: str = "", subject: Any = None) -> None:
         self.name = name
         self.role = role
         self.manifest: Manifest | None = None
@@ -86,6 +90,18 @@ class Watch:
         self.lock = threading.RLock()
         self._fingerprint = fingerprint
         self._pending: list[_Batch] = []
+        self._subject = (lambda: None) if subject is None else weakref.ref(subject)
+        self._held: Any = None
+
+    def take(self) -> list[_Batch]:
+        """What waits, which then waits no more."""
+        batches, self._pending, self._held = self._pending, [], None
+        return batches
+
+    def put(self, batch: _Batch) -> None:
+        """Let a computed batch wait for the next check."""
+        self._pending.append(batch)
+        self._held = self._subject()
 
     def read(self) -> Manifest:
         """Read the model now."""
@@ -119,7 +135,7 @@ class Cache:
         match: str | None = None,
         run: str | None = None,
     ) -> None:
-        self.directory = default_directory() if directory is None else Path(directory)
+        self.directory = default_folder() if directory is None else Path(directory)
         self.policy = _policy(policy)
         self.match = match or os.environ.get("EVALCACHE_MATCH") or "portable"
         if self.match not in ("portable", "strict"):
@@ -182,11 +198,7 @@ class Cache:
         missing = [position for key, position in first.items() if not isinstance(lookups[key], Hit)]
         results: dict[Digest, Result] = {key: lookup.entry.result for key, lookup in lookups.items() if isinstance(lookup, Hit)}
         if missing:
-            computed = compute(missing)
-            results |= {keys[position]: result for position, result in zip(missing, computed, strict=True)}
-            if self.policy.writes and watch.manifest is not None:
-                batch = [(keys[position], actions[position], results[keys[position]]) for position in missing]
-                self._wait_for_check(watch, batch)
+            self._compute(watch, keys, actions, compute, missing, results)
         self._tell_lookups(watch, keys, first, lookups, results, client)
         return [results[key] for key in keys]
 
@@ -299,6 +311,31 @@ class Cache:
             self._warn_once(error)
             return {}
 
+    def _compute(
+        self,
+        watch: Watch,
+        keys: Sequence[Digest],
+        actions: Sequence[Action],
+        compute: Compute,
+        missing: list[int],
+        results: dict[Digest, Result],
+    ) -> None:
+        batch: list[tuple[Digest, Action, Result]] = []
+        since = time.monotonic()
+
+        def hand_over(force: bool) -> None:
+            if batch and self.policy.writes:
+                self._wait_for_check(watch, actions[missing[0]].model, list(batch), force)
+            batch.clear()
+
+        for position, result in compute(missing):
+            results[keys[position]] = result
+            batch.append((keys[position], actions[position], result))
+            if time.monotonic() - since > COMMIT_S:
+                hand_over(True)
+                since = time.monotonic()
+        hand_over(False)
+
     def _meet(self, watch: Watch, manifest: Manifest) -> None:
         with self._lock:
             name = watch.name or str(manifest.about.get("name") or manifest.about.get("class") or "model")
@@ -308,26 +345,25 @@ class Cache:
             self._objects[f"model/{manifest.root.hex}"] = manifest.to_bytes()
             self._events.append(ModelSeen(self.run_id, manifest.root.value, name, watch.role))
 
-    def _wait_for_check(self, watch: Watch, entries: list[tuple[Digest, Action, Result]]) -> None:
-        assert watch.manifest is not None
+    def _wait_for_check(self, watch: Watch, root: Digest, entries: list[tuple[Digest, Action, Result]], force: bool) -> None:
         with watch.lock:
-            watch._pending.append(_Batch(watch.manifest.root, entries, time.monotonic()))
+            watch.put(_Batch(root, entries, time.monotonic()))
             busy_s = sum(result.cost.seconds for _, _, result in entries if result.cost)
             waited_s = time.monotonic() - watch._pending[0].since
-            if watch.check_seconds < CHECK_SHARE * busy_s or waited_s > PENDING_S:
+            if force or watch.check_seconds < CHECK_SHARE * busy_s or waited_s > PENDING_S:
                 # A refusal has dropped and counted what waited.
                 with contextlib.suppress(FingerprintError):
                     self.open(watch)
 
     def _settle(self, watch: Watch, manifest: Manifest) -> None:
-        batches, watch._pending = watch._pending, []
+        batches = watch.take()
         good = [entry for batch in batches if batch.root == manifest.root for entry in batch.entries]
         self._count_dropped(sum(len(batch.entries) for batch in batches) - len(good))
         if good:
             self._commit(good)
 
     def _drop(self, watch: Watch) -> None:
-        batches, watch._pending = watch._pending, []
+        batches = watch.take()
         self._count_dropped(sum(len(batch.entries) for batch in batches))
 
     def _count_dropped(self, number: int) -> None:
@@ -427,12 +463,6 @@ class Cache:
         if not self._broken:
             self._broken = True
             warnings.warn(f"the store does not answer, this run goes on without it: {error}", EvalCacheWarning, stacklevel=3)
-
-
-def default_directory() -> Path:
-    """``EVALCACHE_DIR``, or the user's cache folder."""
-    given = os.environ.get("EVALCACHE_DIR")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("evalcache"))
 
 
 def _policy(policy: Policy | str | None) -> Policy:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
 from evalcache.errors import EvalCacheError, UncacheableError
-from evalcache.integrations import generation
+from evalcache.integrations import generation, lazy
 from evalcache.integrations.generation import Call, Traits
 from evalcache.integrations.probe import probe
 from evalcache.integrations.timing import measured, share
@@ -33,7 +33,7 @@ from evalcache.weights import Fingerprinter, unwrap
 
 CLIENT = "transformers"
 
-_installed: _Seam | None = None
+_installed: Seam | None = None
 _inside = threading.local()
 _sampling_thread: int | None = None
 _resolving = threading.Lock()
@@ -46,10 +46,11 @@ def install(cache: Cache) -> None:
     """
     global _installed
     uninstall()
-    _installed = _Seam(cache)
+    _installed = Seam(cache)
     from transformers.generation.utils import GenerationMixin
 
     _patch(GenerationMixin, "generate")
+    _patch_loading()
     _patch_peft()
 
 
@@ -64,9 +65,9 @@ def uninstall() -> None:
 
 def wrap(model: Any, cache: Cache) -> Any:
     """Serve one model from ``cache``; returns the same object, whose ``generate`` has been replaced."""
-    seam = _Seam(cache)
-    original = type(model).generate
-    original = getattr(original, ORIGINAL, original)
+    seam = Seam(cache)
+    model = lazy.awake(model)
+    original = _bare_generate(model)
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -97,6 +98,28 @@ def _patch(owner: Any, name: str) -> None:
     _patched.append((owner, name, original))
 
 
+def _patch_loading() -> None:
+    """``from_pretrained`` of every class goes through one: a known checkpoint sleeps until it is needed."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = vars(PreTrainedModel)["from_pretrained"]
+    plain = original.__func__
+    if hasattr(plain, ORIGINAL):
+        return
+
+    @functools.wraps(plain)
+    def patched(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = _installed
+        bare = functools.partial(plain, cls)
+        if seam is None or seam.cache.policy is Policy.OFF:
+            return bare(pretrained_model_name_or_path, *args, **kwargs)
+        return seam.load(cls, bare, pretrained_model_name_or_path, args, kwargs)
+
+    setattr(patched, ORIGINAL, plain)
+    PreTrainedModel.from_pretrained = classmethod(patched)
+    _patched.append((PreTrainedModel, "from_pretrained", original))
+
+
 def _patch_peft() -> None:
     """PEFT's ``generate`` stands above the base model's: prompt-learning adapters live outside of that one."""
     module = sys.modules.get("peft.peft_model")
@@ -108,8 +131,13 @@ def _patch_peft() -> None:
             _patch(cls, "generate")
 
 
-class _Seam:
+class Seam:
     """Serves calls of ``generate`` from one cache."""
+
+    @classmethod
+    def of(cls, cache: Cache) -> Seam:
+        """The seam that serves from ``cache``: the installed one, if it does."""
+        return _installed if _installed is not None and _installed.cache is cache else cls(cache)
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -120,10 +148,24 @@ class _Seam:
         """The watch of one model."""
         watch = self._watches.get(model)
         if watch is None:
-            fingerprinter = Fingerprinter(model)
             name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-            watch = self._watches[model] = self.cache.watch(Watch(fingerprinter.manifest, name))
+            watch = self._watches[model] = self.cache.watch(Watch(_fingerprint_of(model), name, subject=model))
         return watch
+
+    def load(self, cls: type, original: Callable[..., Any], path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``from_pretrained``: asleep where the checkpoint is known."""
+        model = lazy.load(self.cache, cls, original, path, args, kwargs)
+        if lazy.is_asleep(model):
+
+            def bare(*args: Any, **kwargs: Any) -> Any:
+                real = lazy.awake(model)
+                return _bare_generate(real)(real, *args, **kwargs)
+
+            vars(model)["generate"] = functools.partial(self._generate_asleep, model, bare)
+        return model
+
+    def _generate_asleep(self, model: Any, bare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.generate(model, bare, args, kwargs) if _installed is self else bare(*args, **kwargs)
 
     def generate(self, model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of ``generate``: from the store, computed, or untouched."""
@@ -134,7 +176,10 @@ class _Seam:
                 arguments = generation.bind(args, kwargs)
                 watch = self.watch(model)
                 with watch.lock:
-                    return self._serve(model, watch, original, arguments)
+                    try:
+                        return self._serve(model, watch, original, arguments)
+                    except _AnotherModel:  # what woke is not what was promised: ask again, of what is there
+                        return self._serve(model, watch, original, arguments)
             except UncacheableError as error:
                 return self._untouched(error, original, args, kwargs)
 
@@ -148,15 +193,24 @@ class _Seam:
         self.cache.uncacheable(error.reason, error.detail, requests=rows, seconds=time.perf_counter() - began, client=CLIENT)
         return output
 
+    def look(self, model: Any, watch: Watch, engine: Any = None) -> tuple[Manifest, Environment]:
+        """Check a model, and describe the environment in which it would answer now.
+
+        Raises:
+            UncacheableError: it cannot be keyed.
+        """
+        manifest = self.cache.open(watch)
+        device = lazy.sleep_of(model).device.type if lazy.is_asleep(model) else None
+        return manifest, describe_environment(model if engine is None else engine, self.cache.match, device=device)
+
     def _plan(
         self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]
     ) -> tuple[Call, Manifest, Environment, _Told]:
         """Check the model and resolve the call. Whatever fails in here, the bare call still runs."""
         try:
-            inner = unwrap(model)
+            inner = model if lazy.is_asleep(model) else unwrap(lazy.awake(model))
             engine = _engine(model, inner, arguments)
-            manifest = self.cache.open(watch)
-            environment = describe_environment(engine, self.cache.match)
+            manifest, environment = self.look(model, watch, engine)
             traits = self._find_traits(inner, original, manifest, environment)
             with _resolving, _buffered_logs() as told:
                 call = _resolve(engine, arguments, traits)
@@ -171,15 +225,20 @@ class _Seam:
 
     def _serve(self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         cache = self.cache
-        inner = unwrap(model)
         call, manifest, environment, told = self._plan(model, watch, original, arguments)
         actions = [Action(manifest.root, request, self._strictly(environment, call)) for request in call.requests]
         computed: list[Any] = []
 
-        def compute(missing: list[int]) -> list[Result]:
+        def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
+            if lazy.is_asleep(model):
+                inner = unwrap(lazy.awake(model))
+                if cache.open(watch).root != manifest.root:
+                    raise _AnotherModel
+            else:
+                inner = unwrap(lazy.awake(model))
             output, results = self._compute(call, inner, original, missing)
             computed.append((missing, output))
-            return results
+            return zip(missing, results, strict=True)
 
         results = cache.serve(watch, actions, compute, client=CLIENT)
         if computed and len(computed[0][0]) == len(actions):
@@ -188,7 +247,7 @@ class _Seam:
             told.repeat()
         return generation.assemble_batch(call, results[0]) if call.whole else generation.assemble_rows(call, results)
 
-    def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: list[int]) -> tuple[Any, list[Result]]:
+    def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: Sequence[int]) -> tuple[Any, list[Result]]:
         device = call.ids.device
         chosen = call.arguments if call.whole else generation.select_rows(call, missing)
         with measured(inner, device) as watch:
@@ -213,9 +272,8 @@ class _Seam:
         return Environment(type(environment.keyed)(dict(environment.keyed) | {"batch": batch}), recorded)
 
     def _find_traits(self, inner: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment) -> Traits:
-        configs = {path: digest.value for path, digest in manifest.configs.items()}
-        code = manifest.modules[""].parts["code"].value
-        name = generation.traits_name([code, configs, environment.keyed.digest.value])
+        # Per set of weights, not per class: in a fresh model, say, embeddings of positions may still be zero.
+        name = generation.traits_name([manifest.root.value, environment.keyed.digest.value])
         found = self._traits.get(name)
         if found is None:
             stored = self.cache.get_object(name)
@@ -226,7 +284,7 @@ class _Seam:
                 with _quiet_logs():
                     found = probe(inner, functools.partial(original))
                 self.cache.counts.overhead["checks"] += time.perf_counter() - began
-                self.cache.put_object(name, encode_canonical([found.rows, found.left, found.right]))
+                self.cache.put_object(name, encode_canonical([found.rows, found.left, found.right, found.draws]))
             self._traits[name] = found
         return found
 
@@ -243,6 +301,10 @@ def _resolve(engine: Any, arguments: dict[str, Any], traits: Traits) -> Call:
 
 def _engine(model: Any, inner: Any, arguments: dict[str, Any]) -> Any:
     """The transformers model whose methods resolve the call."""
+    if model is not inner and "generation_config" in vars(model):
+        inner.generation_config = model.generation_config  # PEFT does so when its `generate` begins
+    if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
+        raise UncacheableError("unsupported", "an adapter that acts after its invocation tokens")
     if model is inner or not hasattr(model, "active_peft_config"):
         if hasattr(model, "active_peft_config"):  # prompt learning: virtual tokens come before the prompt
             config = arguments.get("generation_config")
@@ -281,6 +343,35 @@ def _not_again() -> Iterator[None]:
         yield
     finally:
         _inside.active = False
+
+
+class _AnotherModel(Exception):
+    """A checkpoint woke as another model than it was when it was met first."""
+
+
+def _fingerprint_of(model: Any) -> Callable[[], Manifest]:
+    """How to read a model: a sleeping one by what is known of it, as long as nothing speaks against that."""
+    fingerprinter: Fingerprinter | None = None
+    found = weakref.ref(model)
+
+    def read() -> Manifest:
+        nonlocal fingerprinter
+        model = found()
+        if lazy.is_asleep(model):
+            manifest = lazy.sleep_of(model).manifest()
+            if manifest is not None:
+                return manifest
+        if fingerprinter is None:
+            fingerprinter = Fingerprinter(lazy.awake(model))
+        return fingerprinter.manifest()
+
+    return read
+
+
+def _bare_generate(model: Any) -> Callable[..., Any]:
+    """The untouched ``generate`` of a model's class."""
+    generate = type(model).generate
+    return getattr(generate, ORIGINAL, generate)
 
 
 class _Told:
