@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -85,9 +86,9 @@ def prepare() -> None:
 
 def table_of(outcomes: list[Outcome]) -> Table:
     """One row a run; seconds saved are evalcache's own net figure, wall seconds are the whole command's, start-up included."""
-    table = Table(title="What was reused, and what it saved")
-    for heading in ("run", "wall s", "hits", "misses", "uncacheable", "model loads", "saved s", "overhead s"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+    table = Table(title="What was reused, and what it saved", box=box.SIMPLE, pad_edge=False)
+    for heading in ("run", "wall s", "hits", "misses", "uncacheable", "loads", "saved s", "overhead s"):
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for outcome in outcomes:
         stats = outcome.stats
         counts = [f"{stats[name]}" if stats else "–" for name in ("hits", "misses", "uncacheable", "model_loads")]
