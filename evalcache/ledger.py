@@ -30,6 +30,7 @@ LOCK_TIMEOUT_S = 10.0
 """How long to queue behind other processes of evalcache."""
 
 _FILE_FORMAT = "v1.5.0"  # the newest that duckdb 1.5 and 2.0 both read and write
+_SETTINGS = {"autoinstall_known_extensions": "false"}  # a foreign file must not make DuckDB download what might read it
 _WRITER_THREADS = 2  # a sync runs beside the eval, whose cores they are
 _LOCKED = (
     "Could not set lock",
@@ -218,7 +219,7 @@ class Ledger:
         """A connection of its own with the file attached and in use as ``ledger``; closing it folds the write-ahead log in."""
         options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{_FILE_FORMAT}'"
         try:
-            with contextlib.closing(duckdb.connect(":memory:")) as connection:
+            with contextlib.closing(duckdb.connect(":memory:", config=_SETTINGS)) as connection:
                 # Beside the ledger, not in the working directory, which is the user's.
                 connection.execute(f"SET temp_directory = {quoted(f'{self.path}.tmp')}")
                 if not read_only:

@@ -443,8 +443,9 @@ class TestViews:
         ask_all(store, "5" * 32, NOON + 400, other, TUNED, "tuned")
         ledger.sync(store)
         if request.param == "twice":
-            for table in columns():
-                ledger.query(f"INSERT INTO {table} SELECT * FROM {table}", unsafe=True)
+            with ledger.reading(unsafe=True) as ask:
+                for table in columns():
+                    ask(f"INSERT INTO {table} SELECT * FROM {table}")
         return ledger
 
     def test_hits_by_run(self, ledger: Ledger) -> None:
