@@ -176,7 +176,8 @@ def explain_misses(ledger: Ledger, run: str = "last") -> list[str]:
         if "refresh" in outcomes:
             said.append("the policy was refresh, which computes everything again")
         if "corrupt" in outcomes:
-            said.append(f"{outcomes['corrupt']:,} stored entries were damaged")
+            damaged = outcomes["corrupt"]
+            said.append(f"{damaged:,} stored {'entry was' if damaged == 1 else 'entries were'} damaged")
         if "absent" not in outcomes:
             return said
         # What was stored before this run began; a second run at the same time is no reason.

@@ -201,7 +201,7 @@ class TestExplainMisses:
         asked = [(keys[0], "miss", "refresh", 1.0), (keys[1], "miss", "corrupt", 1.0)]
         write(store, THIRD, NOON + 300, (), [*begin(THIRD, NOON + 300), look(THIRD, NOON + 301, asked)])
         ledger.sync(store)
-        said = ["the policy was refresh, which computes everything again", "1 stored entries were damaged"]
+        said = ["the policy was refresh, which computes everything again", "1 stored entry was damaged"]
         assert explain_misses(ledger, THIRD) == said
 
     def test_a_run_that_stored_nothing(self, pair: tuple[Store, Ledger]) -> None:
