@@ -44,9 +44,9 @@ _SETTINGS: dict[str, Any] = {
     "disk_min_file_size": 1 << 30,  # every value in its row, so that a transaction covers it
     "sqlite_auto_vacuum": 0,  # FULL would move pages at each commit that follows a drained journal; free pages are used again
     "sqlite_cache_size": -(64 << 10),  # KiB
-    # A quarter of a bulk lookup in shuffled order. SQLite only reads through the map, so a full disk is an error as ever; what
-    # would be a signal instead of an error is a failing disk, or a file that something else cuts short: we never shrink it.
-    "sqlite_mmap_size": 1 << 30,
+    # A mapped file that is cut short from outside kills the process (SIGBUS) instead of raising: a quarter of a bulk lookup is
+    # not worth somebody's run.
+    "sqlite_mmap_size": 0,
     "sqlite_journal_size_limit": 64 << 20,  # a bulk commit does not leave its log at that size for ever
     "sqlite_synchronous": 2,  # FULL: a commit that returned survives a power cut
 }
