@@ -190,16 +190,22 @@ def current() -> Session | None:
 
 
 def wrap(model: Any, cache: Cache | None = None) -> Any:
-    """Serve this one model from the cache, whatever the rest of the process does; returns the same object.
+    """Serve this one model from the cache, whatever the rest of the process does; returns the same object, come what may.
 
     Args:
         model: a transformers model that can ``generate``.
         cache: where to look and store; None means this process's session, which is started without touching other models.
     """
-    from evalcache.integrations.transformers import wrap as wrap_model
-
     cache = cache if cache is not None else session_cache()
-    return model if cache is None else wrap_model(model, cache)
+    if cache is None:
+        return model
+    try:
+        from evalcache.integrations.transformers import wrap as wrap_model
+
+        return wrap_model(model, cache)
+    except Exception as error:
+        _warn(f"cannot wrap this model ({_say(error)}); it runs without the cache")
+        return model
 
 
 def loglikelihood(

@@ -173,6 +173,12 @@ def test_a_real_model_is_met_whenever_transformers_is_imported(tmp_path, store_f
     assert recorded(store_folder) == [("ok", None), ("interrupted", 130)]
 
 
+def test_what_cannot_be_wrapped_is_handed_back_with_a_warning(capsys):
+    thing = object()
+    assert evalcache.wrap(thing) is thing
+    assert "warning: cannot wrap this model" in capsys.readouterr().err
+
+
 def test_the_public_names_are_there():
     for name in evalcache.__all__:
         assert getattr(evalcache, name) is not None
