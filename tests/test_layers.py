@@ -29,7 +29,7 @@ LEVELS = {
     "records": 2,
     "manifest": 2,
     "leaf": 2,  # one tensor → its digest
-    "attributes": 2,  # plain attributes of a module → values with a canonical encoding
+    "attributes": 2.6,  # plain attributes of a module → values with a canonical encoding
     "device_sums": 2,  # position-weighted sums on the tensor's own device
     "sidetable": 2,  # checked bytes under a key, which can be found out again
     "tensorfile": 2,  # where each tensor of a file lies
@@ -39,7 +39,12 @@ LEVELS = {
     "tensorfile": 2,  # where tensors lie in a safetensors file
     "filememo": 2.5,  # what is known of a file that has not been touched
     "torchfile": 2.5,  # where tensors lie in a file of torch.save
-    "code": 2.5,  # what a module's methods are
+    "code": 2.5,  # what a code object is, and whose
+    "library_code": 2.6,  # classes and functions of installed libraries
+    "user_code": 2.7,  # scripts, remote code, editable installs
+    "tensors": 2.5,  # one tensor of a module → its record
+    "interception": 2.6,  # hooks, instance methods, modes
+    "adapters": 2.5,  # PEFT's layers
     "weights": 3,
     "checkpoint": 3,
     "identity": 3.5,  # a checkpoint with its configs and code
@@ -75,7 +80,7 @@ DOORS = {
     "click": {"cli"},
     "diskcache": {"rows"},
     "duckdb": {"ledger"},
-    "torch": {"weights", "device_sums", "environment", "integrations"},
+    "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "weights"},
     "transformers": {"environment", "integrations"},
     "xxhash": {"digest"},
     "zstandard": {"frame"},
