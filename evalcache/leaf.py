@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evalcache.canonical import encode_trusted
-from evalcache.digest import Digest, Hasher
+from evalcache.digest import Digest, digest_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -22,4 +22,6 @@ def leaf_digest(dtype: str, shape: Sequence[int], data: Buffer) -> Digest:
 
     Cost: one pass at memory speed; about 2 µs beside it.
     """
-    return Hasher().update(encode_trusted([dtype, list(shape)])).update(data).digest()
+    # The bytes are hashed alone and in one call. Behind a header in an incremental hash they would be read across cache lines,
+    # which costs a tenth to a quarter of the speed.
+    return digest_bytes(encode_trusted([dtype, list(shape), digest_bytes(data).value]))
