@@ -24,7 +24,6 @@ LEVELS = {
     "ending": 1,  # nor does this
     "printing": 1,  # nor this
     "progress": 1,
-    "folder": 1,  # where the cache folder is
     "canonical": 1.5,
     "records": 2,
     "manifest": 2,
@@ -35,10 +34,6 @@ LEVELS = {
     "tensorfile": 2,  # where each tensor of a file lies
     "torchfile": 2.5,
     "filememo": 2.5,  # what is known of a file's content
-    "sidetable": 2,  # checked bytes under a key; losing them costs time only
-    "tensorfile": 2,  # where tensors lie in a safetensors file
-    "filememo": 2.5,  # what is known of a file that has not been touched
-    "torchfile": 2.5,  # where tensors lie in a file of torch.save
     "code": 2.5,  # what a code object is, and whose
     "library_code": 2.6,  # classes and functions of installed libraries
     "user_code": 2.7,  # scripts, remote code, editable installs
