@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from evalcache.canonical import digest_canonical
-from evalcache.digest import Digest
+from evalcache.canonical import encode_trusted
+from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CheckpointError
 from evalcache.filememo import FileMemo, FileStamp
 from evalcache.leaf import leaf_digest
@@ -309,7 +309,7 @@ def _manifest(path: str, tensors: dict[str, TensorRecord]) -> Manifest:
     for module in reversed(owned):  # a parent is entered before its children, so here each child comes first
         leaves = [[name, record.digest.value] for name, record in owned[module].items()]
         below = [[child.rpartition(".")[2], digests[child].value] for child in children.get(module, ())]
-        digests[module] = digest_canonical(["files", leaves, below])
+        digests[module] = digest_bytes(encode_trusted(["files", leaves, below]))
     modules = {module: ModuleRecord(digests[module], "", leaves) for module, leaves in owned.items()}
     about = {"parameters": sum(math.prod(record.shape) for record in tensors.values())}
     return Manifest(modules, about=about | {"bytes": sum(record.size_bytes for record in tensors.values())})
