@@ -9,10 +9,12 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from evalcache.canonical import digest_canonical
+from evalcache.code import constant_value
 from evalcache.digest import Digest
 
 # Tensors, children and hooks are visited by weights.py itself.
@@ -30,7 +32,7 @@ _NEVER = frozenset(
     "_require_grads_hook _require_grads_hooks hf_device_map _hf_hook _old_forward hf_quantizer quantization_method is_quantized "
     "is_loaded_in_4bit is_loaded_in_8bit warnings_issued "
     "model_tags _hf_peft_config_loaded peft_config generation_config _compiled_call_impl _output_capturing_hooks_installed "
-    "_weight_conversions".split()
+    "_previous_max_cache_length _weight_conversions".split()
 )
 _NEVER_IN_CONFIG = frozenset(
     "_name_or_path name_or_path transformers_version _commit_hash architectures _attn_implementation_autoset _post_init_done "
@@ -38,6 +40,8 @@ _NEVER_IN_CONFIG = frozenset(
     "_attn_implementation_internal _experts_implementation_internal "
     "id2label label2id problem_type finetuning_task task_specific_params torchscript _auto_class auto_map".split()
 )
+_KERNELS = ("_attn_implementation_internal", "_experts_implementation_internal")
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
 _FAST = frozenset({bool, int, str, type(None)})
 
 
@@ -54,6 +58,9 @@ class AttributeEncoder:
         self._configs: dict[int, Digest] = {}
         self._holders: dict[str, Digest] = {}
         self._inside: set[int] = set()
+        self._configuring = 0
+        self.kernels: set[str] = set()
+        """Names of the kernels that the configs choose; the functions behind them are in tables that anybody may add to."""
 
     def module_attributes(self, module: Any, path: str) -> Digest | None:
         """Digest of a module's own attributes, None if there are none. Configs are kept apart, for the manifest's root."""
@@ -113,7 +120,11 @@ class AttributeEncoder:
         if id(config) in self._inside:
             return "cycle"
         self._inside.add(id(config))
+        self._configuring += 1
         try:
+            for name in _KERNELS:
+                chosen = vars(config).get(name)
+                self.kernels.update([chosen] if isinstance(chosen, str) else chosen.values() if isinstance(chosen, dict) else ())
             values = {
                 name: self.encode(value, f"{path}.{name}")
                 for name, value in sorted(vars(config).items())
@@ -121,6 +132,7 @@ class AttributeEncoder:
             }
         finally:
             self._inside.discard(id(config))
+            self._configuring -= 1
         return [self._encode_code(type(config), path), values]
 
     def encode(self, value: Any, path: str) -> Any:
@@ -132,28 +144,24 @@ class AttributeEncoder:
         kind = type(value)
         if value is None or kind in (bool, str, bytes, float):
             return value
-        if kind is int:
-            return value if -(1 << 63) <= value < 1 << 63 else ["int", str(value)]
+        if kind in (int, complex):
+            return constant_value(value)
         if isinstance(value, enum.Enum):
-            return ["enum", kind.__qualname__, value.name]
-        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)):
+            return ["enum", self._encode_code(kind, path), value.name, self.encode(value.value, path)]
+        if isinstance(value, _CODE):
             return self._encode_code(value, path)
-        if isinstance(value, (list, tuple)) and not kind.__module__.startswith("torch"):
-            return [kind.__name__, *[self.encode(item, path) for item in value]]
-        if isinstance(value, (set, frozenset)):
-            return ["set", *sorted(digest_canonical(self.encode(item, path)).value for item in value)]
         if _is_config(value):
             return self.config_value(value, path)
-        if isinstance(value, Mapping):
-            return ["dict", *[[self.encode(key, path), self.encode(item, path)] for key, item in value.items()]]
-        if kind.__module__ == "numpy":
+        if kind in (list, tuple):
+            # A saved configuration comes back with lists for tuples, and with sorted keys.
+            return ["list" if self._configuring else kind.__name__, *[self.encode(item, path) for item in value]]
+        if kind in (set, frozenset):
+            return ["set", *sorted(digest_canonical(self.encode(item, path)).value for item in value)]
+        if kind in (dict, OrderedDict, types.MappingProxyType):
+            items = [[self.encode(key, path), self.encode(item, path)] for key, item in value.items()]
+            return ["dict", *(sorted(items, key=_order) if self._configuring else items)]
+        if kind.__module__ == "numpy" and not value.dtype.hasobject:
             return ["numpy", str(value.dtype), list(value.shape), value.tobytes()]
-        if _is_dataclass(value) and id(value) not in self._inside:
-            self._inside.add(id(value))
-            try:
-                return ["dataclass", kind.__qualname__, [[n, self.encode(v, path)] for n, v in sorted(vars(value).items())]]
-            finally:
-                self._inside.discard(id(value))
         return self._encode_object(value, path)
 
 
@@ -172,5 +180,5 @@ def _is_config(value: Any) -> bool:
     )
 
 
-def _is_dataclass(value: Any) -> bool:
-    return hasattr(type(value), "__dataclass_fields__")
+def _order(item: list[Any]) -> bytes:
+    return digest_canonical(item[0]).value

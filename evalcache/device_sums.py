@@ -1,9 +1,10 @@
 """Change detection on a device: one position-weighted 64-bit sum per tensor, made where the tensor lies.
 
-A tensor on a GPU cannot be hashed by xxh3 without a copy to the host, so a check sums its 32-bit words, each times its own fixed
-odd random 64-bit weight, modulo 2^64 (multilinear hashing). Words are 32 bits wide under 64-bit weights because with 64-bit words two
-flipped sign bits cancel for certain: 2^63·r + 2^63·s = 0 for odd r and s. Here any change of one word is always seen, and a change of
-several is missed with probability 2^-32 at most. An XOR (`torch.hash_tensor`) misses permutations and constant fills.
+A tensor on a GPU cannot be hashed by xxh3 without a copy to the host, so a check sums its 32-bit words, each times its own
+fixed odd random 64-bit weight, modulo 2^64 (multilinear hashing). Words are 32 bits wide under 64-bit weights because with 64-bit
+words two flipped sign bits cancel for certain: 2^63·r + 2^63·s = 0 for odd r and s. Here any change of one word is always seen,
+and a change of several is missed with probability 2^-32 at most. An XOR (`torch.hash_tensor`) misses permutations and constant
+fills.
 
 Cost: reads every byte once; some 24 bytes of traffic a word. One transfer to the host for all tensors of a device.
 Source: D. Lemire, O. Kaser, "Strongly universal string hashing is fast", 2014, §3 (multilinear).

@@ -1,0 +1,238 @@
+"""The user's own code: scripts, remote code, editable installs, hashed by what they do.
+
+Code objects, defaults, closures, and the globals that they name are followed through all of the user's code; outside of scripts
+the source bytes of each file count too. It is done afresh at every check: such code is short, and its globals change at any time.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import logging
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evalcache.canonical import digest_canonical
+from evalcache.code import (
+    BUILTINS,
+    CLASS_NOISE,
+    builtin_name,
+    cell_value,
+    class_name,
+    code_value,
+    constant_value,
+    is_library_class,
+    library_of,
+    origin_of,
+    unwrap_ours,
+)
+from evalcache.digest import Digest, digest_bytes
+from evalcache.errors import FingerprintError
+from evalcache.library_code import LibraryCode
+
+_DYNAMIC_NAMES = frozenset({"getattr", "globals", "locals", "vars", "eval", "exec", "import_module", "__import__"})
+_LOOK_UP = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME"))
+# They shape no answer, and their insides (handlers, locks) cannot be hashed.
+_INERT = ("typing", "_thread", "_abc", "abc")
+_HEAP_TYPE = 1 << 9
+_COMPILED = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
+
+
+class UserCode:
+    """Digests of the user's own code.
+
+    Args:
+        library: hashes the library classes and functions that it stands on.
+        encode_other: canonical value of an object that is neither code nor a plain value (a tensor, a module), or raises.
+    """
+
+    def __init__(self, library: LibraryCode, encode_other: Callable[[Any], Any]) -> None:
+        self._library = library
+        self._encode_other = encode_other
+        self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []  # ids stay valid while the objects live
+
+    def digest(self, value: Any) -> Digest:
+        """Digest of a class, a function or an object, with everything of the user's that it reaches.
+
+        Raises:
+            FingerprintError: ``code``, it reaches an object that cannot be hashed exactly.
+        """
+        # A module held by the code leads back here, in the middle of another digest.
+        before = self._seen, self._kept
+        self._seen, self._kept = {}, []
+        try:
+            return digest_canonical(self._value(value))
+        finally:
+            self._seen, self._kept = before
+
+    def _value(self, value: Any) -> Any:
+        value = unwrap_ours(value)
+        kind = type(value)
+        if value is None or kind in (bool, float, str, bytes):
+            return value
+        if kind in (int, complex):
+            return constant_value(value)
+        if kind in (tuple, list):
+            return [kind.__name__, *[self._value(item) for item in value]]
+        if kind in (set, frozenset):
+            return ["set", *sorted(digest_canonical(self._value(item)).value for item in value)]
+        if kind is dict:
+            return ["dict", *[[self._value(key), self._value(item)] for key, item in value.items()]]
+        if id(value) in self._seen:
+            return ["seen", self._seen[id(value)]]
+        self._seen[id(value)] = len(self._seen)
+        self._kept.append(value)
+        if isinstance(value, enum.Enum):
+            return ["enum", self._class(kind), value.name, self._value(value.value)]
+        if isinstance(value, type):
+            return self._class(value)
+        code = self._code(value)
+        return code if code is not None else self._object(value)
+
+    def _code(self, value: Any) -> Any:
+        """Canonical value of whatever can be called, None of anything else."""
+        if isinstance(value, types.FunctionType):
+            return ["function", self._function(value)]
+        if isinstance(value, (staticmethod, classmethod)):
+            return [type(value).__name__, self._value(value.__func__)]
+        if isinstance(value, property):
+            return ["property", self._value(value.fget), self._value(value.fset), self._value(value.fdel)]
+        if isinstance(value, functools.cached_property):
+            return ["cached", self._value(value.func)]
+        if isinstance(value, types.MethodType):
+            return ["method", self._value(value.__func__), self._value(value.__self__)]
+        if isinstance(value, (functools.partial, functools.partialmethod)):
+            return ["partial", self._value(value.func), self._value(list(value.args)), self._value(dict(value.keywords))]
+        if isinstance(value, BUILTINS):
+            owner = getattr(value, "__self__", None)
+            bound = None if owner is None or isinstance(owner, (type, types.ModuleType)) else self._value(owner)
+            return [*builtin_name(value), bound]
+        if isinstance(getattr(value, "__wrapped__", None), types.FunctionType) and is_library_class(type(value)):
+            return ["wrapped", class_name(type(value)), self._value(value.__wrapped__)]
+        return None
+
+    def _object(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, types.ModuleType):
+            return ["module", value.__name__]
+        if isinstance(value, re.Pattern):
+            return ["pattern", value.pattern, value.flags]
+        if isinstance(value, (logging.Logger, types.GenericAlias, types.UnionType)) or kind.__module__ in _INERT:
+            return ["inert", kind.__name__]
+        if isinstance(value, dict):  # OrderedDict, defaultdict, a user's own
+            items = [[self._value(key), self._value(item)] for key, item in value.items()]
+            return [self._class(kind), items, self._insides(value)]
+        if _is_kernel_table(value):  # what is chosen from it is hashed where the configuration names it
+            return ["kernels", class_name(kind)]
+        try:
+            return self._encode_other(value)
+        except FingerprintError as error:
+            if not _is_plain_object(kind):
+                raise FingerprintError("", error.problem, "code" if error.reason == "unhashable" else error.reason) from error
+        return ["object", self._class(kind), self._insides(value)]
+
+    def _insides(self, value: Any) -> Any:
+        inside = vars(value) if hasattr(value, "__dict__") else {}
+        return [[name, self._value(item)] for name, item in sorted(inside.items())]
+
+    def _function(self, function: types.FunctionType) -> Any:
+        cells = [self._value(cell_value(cell)) for cell in function.__closure__ or ()]
+        defaults = [self._value(function.__defaults__), self._value(function.__kwdefaults__)]
+        origin = origin_of(function)
+        if origin is not None:
+            # A library's decorator around the user's function: the function is in the closure.
+            own = self._library.function(function) if not cells else digest_canonical(code_value(function.__code__)).value
+            return ["library", origin, function.__module__, function.__qualname__, own, cells, defaults]
+        code = function.__code__
+        names = _named(code)
+        reached = [
+            [name, self._global(function.__globals__[name], names)] for name in _looked_up(code) if name in function.__globals__
+        ]
+        return [code_value(code), defaults, cells, reached, self._source(function, names)]
+
+    def _global(self, value: Any, names: Iterable[str]) -> Any:
+        """A global that the code names; of a user's module, those of its attributes that the code may reach."""
+        if isinstance(value, types.ModuleType) and library_of(getattr(value, "__file__", None) or "<frozen >") is None:
+            inside = vars(value)
+            return [
+                "module",
+                [[name, self._global(inside[name], names)] for name in names if name in inside and inside[name] is not value],
+            ]
+        return self._value(value)
+
+    def _class(self, cls: type) -> Any:
+        if is_library_class(cls):
+            return self._library_class(cls)
+        parts = []
+        for base in cls.__mro__:
+            if base is object:
+                continue
+            if is_library_class(base):
+                parts.append(self._library_class(base))
+                continue
+            if base is not cls and id(base) in self._seen:
+                parts.append(["seen", self._seen[id(base)]])
+                continue
+            own = [[name, self._value(value)] for name, value in sorted(vars(base).items()) if name not in CLASS_NOISE]
+            parts.append([base.__qualname__, own])
+        meta = type(cls)
+        return ["class", cls.__qualname__, parts, None if is_library_class(meta) else self._value(meta)]
+
+    def _library_class(self, cls: type) -> Any:
+        if cls.__module__.startswith(("torch.", "transformers.", "peft.")):
+            return ["class", class_name(cls), self._library.digest(cls).value]
+        return ["class", class_name(cls)]
+
+    def _source(self, function: types.FunctionType, names: list[str]) -> bytes:
+        """Source bytes of the file, where instructions may not tell everything: modules, and scripts that look up by name."""
+        if function.__module__ == "__main__" and not _DYNAMIC_NAMES.intersection(names):
+            return b""  # any other line of a script may change: its prints are nobody's business
+        return _source_digest(function.__code__.co_filename)
+
+
+def _named(code: types.CodeType) -> list[str]:
+    """All names that a code object and those nested in it use, attributes too, in a fixed order."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_named(constant)))
+    return list(names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_up(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that a code object and those nested in it look up."""
+    names = dict.fromkeys(one.argval for one in dis.get_instructions(code) if one.opcode in _LOOK_UP)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_looked_up(constant)))
+    return tuple(names)
+
+
+def _is_kernel_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(getattr(type(value), "_global_mapping", None), dict)
+
+
+def _is_plain_object(kind: type) -> bool:
+    """Whether an object of this class is what its ``__dict__`` says: every class of it was written in Python, without slots."""
+    bases = [base for base in kind.__mro__ if base is not object]
+    return all(base.__flags__ & _HEAP_TYPE and not base.__dict__.get("__slots__") and _has_source(base) for base in bases)
+
+
+def _has_source(cls: type) -> bool:
+    # Classes of extension modules may be heap types too: their methods are compiled.
+    return not any(isinstance(value, _COMPILED) for value in vars(cls).values())
+
+
+@functools.cache
+def _source_digest(filename: str) -> bytes:
+    # Once per process: the code objects tell what is *running*; a file edited since then is another process's business.
+    try:
+        return digest_bytes(Path(filename).read_bytes()).value
+    except OSError:  # typed at a prompt or made by exec: the code objects are all there is
+        return b""
