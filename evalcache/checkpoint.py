@@ -17,21 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from evalcache.canonical import encode_trusted
+from evalcache.canonical import digest_canonical, encode_trusted
 from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CheckpointError
 from evalcache.filememo import FileMemo, FileStamp
 from evalcache.leaf import leaf_digest
 from evalcache.manifest import Manifest, ModuleRecord, TensorRecord
-from evalcache.tensorfile import StoredTensor, parse_json, read_safetensors
+from evalcache.tensorfile import FileContent, StoredTensor, parse_json, read_safetensors
 from evalcache.torchfile import read_torch_file
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while files are hashed."""
 
+_Read = Callable[[str, memoryview], FileContent]
+
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_MEMO_KIND = "tensors 1"
+# By name, as in transformers: a file can be made that is good in both formats, with different tensors in each. The kinds are what
+# the memo knows a file's content as.
+_SAFETENSORS = ("safetensors 1", read_safetensors)
+_TORCH = ("torch 1", read_torch_file)
 _PARALLEL_FROM_BYTES = 32 << 20
 _THREADS = 2  # one reads at about memory speed, two saturate it
 # Names that transformers ties to another one, and leaves out of the files that it saves, where `tie_word_embeddings` is true.
@@ -95,16 +100,23 @@ def fingerprint_files(
     placed = _shards(weights) if weights.suffix == ".json" else {weights: None}
     reader.total_bytes = sum(_stat(file).st_size for file in placed)
     found: dict[str, TensorRecord] = {}
+    metadata: dict[str, str] = {}
     for file, names in placed.items():
-        kept = reader.read(file)
+        kept, said = reader.read(file)
         if names is not None and {tensor.name for tensor in kept} != names:
             differing = sorted({tensor.name for tensor in kept} ^ names)
             raise CheckpointError(
                 f"{weights} and {file.name} disagree about {len(differing)} tensors ({', '.join(differing[:3])} …)",
                 hint="download or save the checkpoint again", path=str(file), expected=sorted(names), found=differing,
             )  # fmt: skip
+        if differing := sorted(name for name in said if metadata.get(name, said[name]) != said[name]):
+            raise CheckpointError(
+                f"the files of {weights} disagree in their metadata: {', '.join(differing[:3])}", hint="save it again",
+                path=str(file), expected={name: metadata[name] for name in differing}, found=said,
+            )  # fmt: skip
+        metadata |= said
         found |= {tensor.name: tensor.record for tensor in (_without_aliases(kept) if tied else kept)}
-    return _manifest(str(weights), found)
+    return _manifest(str(weights), found, metadata)
 
 
 def find_weights(root: Path, *, variant: str | None = None, use_safetensors: bool | None = None) -> Path:
@@ -170,20 +182,23 @@ class _Reader:
         self._done_bytes = 0
         self.total_bytes = 0
 
-    def read(self, file: Path) -> list[_Kept]:
+    def read(self, file: Path) -> tuple[list[_Kept], dict[str, str]]:
+        """The tensors of a file, and its metadata."""
         stamp = FileStamp.of(file, _stat(file))
-        known = None if self._rehash else self._memo.recall(_MEMO_KIND, stamp)
+        kind, read = _SAFETENSORS if file.suffix == ".safetensors" else _TORCH
+        known = None if self._rehash else self._memo.recall(kind, stamp)
         if known is not None:
             self._advance(stamp.size_bytes)
+            rows, metadata = known
             return [
                 _Kept(name, offset, TensorRecord(Digest(digest), dtype, tuple(shape), size_bytes))
-                for name, offset, digest, dtype, shape, size_bytes in known
-            ]
+                for name, offset, digest, dtype, shape, size_bytes in rows
+            ], metadata
         read_at_ns = self._memo.now_ns()
         try:
             with open(file, "rb") as handle:
                 stamp = FileStamp.of(file, os.fstat(handle.fileno()))
-                kept = self._hash(file, handle.fileno(), stamp.size_bytes)
+                kept, metadata = self._hash(file, read, handle.fileno(), stamp.size_bytes)
                 # By path as well, should another file have taken the place of the one that was read.
                 if {FileStamp.of(file, os.fstat(handle.fileno())), FileStamp.of(file)} != {stamp}:
                     raise CheckpointError(
@@ -192,27 +207,27 @@ class _Reader:
                     )  # fmt: skip
         except OSError as error:
             raise _unreadable(file, error) from error
-        fact = [
+        rows = [
             [k.name, k.offset, k.record.digest.value, k.record.dtype, list(k.record.shape), k.record.size_bytes] for k in kept
         ]
-        self._memo.remember(_MEMO_KIND, stamp, fact, read_at_ns)
-        return kept
+        self._memo.remember(kind, stamp, [rows, metadata], read_at_ns)
+        return kept, metadata
 
-    def _hash(self, file: Path, descriptor: int, size_bytes: int) -> list[_Kept]:
+    def _hash(self, file: Path, read: _Read, descriptor: int, size_bytes: int) -> tuple[list[_Kept], dict[str, str]]:
         if size_bytes == 0:
             raise CheckpointError(f"{file} is empty", hint="copy it again", path=str(file), expected="tensors", found="0 bytes")
         # Unmapped when the last view of it is gone. A file that is cut short meanwhile ends the process, as it would in any
         # reader of safetensors; reading through a buffer instead would cost half the speed.
         data = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-        # By name, as transformers does. A file can be made that is good in both formats, with different tensors in each.
-        tensors = (read_safetensors if file.suffix == ".safetensors" else read_torch_file)(str(file), data)
+        content = read(str(file), data)
+        tensors = content.tensors
         kept = []
         for tensor, digest in zip(tensors, _digests(tensors, data), strict=True):
             kept.append(_Kept(tensor.name, tensor.offset, TensorRecord(digest, tensor.dtype, tensor.shape, tensor.size_bytes)))
             self._advance(tensor.size_bytes)
         # Headers and padding; in a .bin file shared bytes were counted with each tensor.
         self._advance(max(0, size_bytes - sum(tensor.size_bytes for tensor in tensors)))
-        return kept
+        return kept, dict(content.metadata)
 
     def _advance(self, size_bytes: int) -> None:
         self._done_bytes += size_bytes
@@ -286,7 +301,7 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
-def _manifest(path: str, tensors: dict[str, TensorRecord]) -> Manifest:
+def _manifest(path: str, tensors: dict[str, TensorRecord], metadata: dict[str, str]) -> Manifest:
     """The tree that the dotted names describe, in natural order, so that the files' own order does not matter."""
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors", hint="save the model again", path=path, expected="tensors", found=0)
@@ -312,7 +327,9 @@ def _manifest(path: str, tensors: dict[str, TensorRecord]) -> Manifest:
         digests[module] = digest_bytes(encode_trusted(["files", leaves, below]))
     modules = {module: ModuleRecord(digests[module], "", leaves) for module, leaves in owned.items()}
     about = {"parameters": sum(math.prod(record.shape) for record in tensors.values())}
-    return Manifest(modules, about=about | {"bytes": sum(record.size_bytes for record in tensors.values())})
+    # Metadata says how some quantised weights are to be put together (torchao's kind, blocks and scales).
+    configs = {"": digest_canonical(["metadata", metadata])} if metadata else {}
+    return Manifest(modules, configs, about | {"bytes": sum(record.size_bytes for record in tensors.values())})
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

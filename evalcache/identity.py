@@ -21,6 +21,7 @@ from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CanonicalError, CheckpointError, CorruptEntryWarning
 from evalcache.filememo import FileMemo
 from evalcache.folder import default_folder
+from evalcache.manifest import Manifest
 from evalcache.sidetable import SideTable
 
 _FORMAT = "evalcache checkpoint 1"
@@ -103,6 +104,7 @@ def identify_checkpoint(
             path=str(root), expected="weights of a model", found=weights.name,
         )  # fmt: skip
     manifest = fingerprint_checkpoint(root, variant=variant, use_safetensors=use_safetensors, **reading)
+    files |= _inferred_dtype(root, weights, manifest)
     return CheckpointIdentity(manifest.root, files)
 
 
@@ -122,6 +124,24 @@ def _config_files(root: Path) -> dict[str, Digest]:
     for name in dict.fromkeys([*starts, _CUSTOM_GENERATE]):
         files |= _code_files(root, name)
     return files
+
+
+def _inferred_dtype(root: Path, weights: Path, manifest: Manifest) -> dict[str, Digest]:
+    """What ``dtype="auto"`` goes by where the config names no dtype: an index's word, else the first tensor of the first file."""
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    if config.get("dtype") is not None or config.get("torch_dtype") is not None:
+        return {}
+    metadata = read_json(weights).get("metadata") if weights.suffix == ".json" else None
+    if type(metadata) is dict and metadata.get("dtype") is not None:
+        return {"index dtype": digest_canonical(str(metadata["dtype"]))}
+    every = {tensor.dtype for tensor in manifest.tensors.values()}
+    usual = {dtype for dtype in every if "float" in dtype and not dtype.startswith(("float8_", "float4_"))}
+    if len(usual or every) > 1:
+        raise CheckpointError(
+            f"{root}/config.json names no dtype, and which one is meant depends on the order of its tensors",
+            hint="add a dtype to the config", path=str(root), expected="a dtype", found=sorted(usual or every),
+        )  # fmt: skip
+    return {}
 
 
 def _config_digest(file: Path, config: Mapping[str, Any]) -> Digest:

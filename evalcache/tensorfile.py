@@ -55,8 +55,21 @@ class StoredTensor:
     item_bytes: int = 1
 
 
-def read_safetensors(path: str, data: memoryview) -> list[StoredTensor]:
-    """The tensors of a safetensors file, in the order of their bytes.
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """What is in a file of tensors.
+
+    Args:
+        tensors: in the order of their bytes.
+        metadata: text by name, without ``format``, which says by which framework the file was written.
+    """
+
+    tensors: list[StoredTensor]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(path: str, data: memoryview) -> FileContent:
+    """The content of a safetensors file.
 
     Args:
         path: for messages. data: the whole file.
@@ -89,7 +102,7 @@ def read_safetensors(path: str, data: memoryview) -> list[StoredTensor]:
     if position != len(data):
         what = "has tensors that end past the file" if position > len(data) else "has bytes after its last tensor"
         _refuse(path, what, len(data) - start, position - start)
-    return tensors
+    return FileContent(tensors, {name: text for name, text in metadata.items() if name != "format"})
 
 
 def _tensor(path: str, name: str, entry: Any, start: int) -> StoredTensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from evalcache.errors import CheckpointError
-from evalcache.tensorfile import HEADER_LIMIT_BYTES, StoredTensor
+from evalcache.tensorfile import HEADER_LIMIT_BYTES, FileContent, StoredTensor
 
 _STORAGES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -63,8 +63,8 @@ class _Mark:
     """Where a group of values begins on the stack."""
 
 
-def read_torch_file(path: str, data: memoryview) -> list[StoredTensor]:
-    """The tensors of a file that ``torch.save(state_dict)`` wrote, in the order of their bytes.
+def read_torch_file(path: str, data: memoryview) -> FileContent:
+    """The content of a file that ``torch.save(state_dict)`` wrote.
 
     Tensors that share memory come out as tensors at the same offset.
 
@@ -95,7 +95,7 @@ def read_torch_file(path: str, data: memoryview) -> list[StoredTensor]:
         if type(name) is not str or type(view) is not _View:
             _refuse(path, f"{name!r} is not a tensor", "a tensor", type(view).__name__)
         tensors.append(_located(path, name, view, records.get(f"{prefix}data/{view.storage.key}")))
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+    return FileContent(sorted(tensors, key=lambda tensor: tensor.offset), {})
 
 
 def _records(path: str, data: memoryview) -> dict[str, tuple[int, int]]:

@@ -171,6 +171,33 @@ def test_everything_in_a_header_counts(folder: Path, change: str) -> None:
     assert fingerprint_checkpoint(folder).root != before.root
 
 
+def test_metadata_counts_where_it_says_more_than_who_wrote_the_file(folder: Path) -> None:
+    # torchao's quantised weights are put together by what it says.
+    before = fingerprint_checkpoint(folder)
+    state = load_file(folder / "model.safetensors")
+    roots = []
+    for metadata in (
+        {"format": "mlx"},
+        None,
+        {"format": "pt", "lm_head.weight": "blocks of 32"},
+        {"lm_head.weight": "blocks of 64"},
+    ):
+        save_file(state, folder / "model.safetensors", metadata=metadata)
+        roots += [fingerprint_checkpoint(folder, memo=memo).root for memo in [settled_memo()] * 2]
+    assert roots[:4] == [before.root] * 4
+    assert len(set(roots)) == 3
+    save_file(state, folder / "model.safetensors", metadata={"lm_head.weight": "blocks of 32"})
+    assert str(before.diff(fingerprint_checkpoint(folder))) == "config of (root)"
+
+
+def test_shards_whose_metadata_disagree_are_refused(folder: Path) -> None:
+    resharded(folder)
+    for number, shard in enumerate(sorted(folder.glob("model-*.safetensors"))[:2]):
+        save_file(load_file(shard), shard, metadata={"blocks": str(number)})
+    with pytest.raises(CheckpointError, match="metadata"):
+        fingerprint_checkpoint(folder)
+
+
 def test_modules_follow_from_names(saved: Path) -> None:
     manifest = fingerprint_checkpoint(saved)
     assert list(manifest.modules["model.layers.0.mlp.up_proj"].tensors) == ["weight"]
@@ -321,8 +348,8 @@ def planted(folder: Path, memo: FileMemo) -> Manifest:
     other = folder.with_name("other.safetensors")
     save_file({"planted": torch.ones(1)}, other)
     found = fingerprint_checkpoint(other, memo=memo)
-    fact = memo.recall("tensors 1", FileStamp.of(other))
-    assert memo.remember("tensors 1", FileStamp.of(folder / "model.safetensors"), fact, memo.now_ns())
+    fact = memo.recall("safetensors 1", FileStamp.of(other))
+    assert memo.remember("safetensors 1", FileStamp.of(folder / "model.safetensors"), fact, memo.now_ns())
     return found
 
 
@@ -339,11 +366,19 @@ def test_an_unchanged_file_is_not_read_again_unless_asked_to(folder: Path) -> No
     assert fingerprint_checkpoint(folder, memo=memo) == before
 
 
+def test_what_is_known_of_a_file_depends_on_the_format_that_its_name_says(folder: Path) -> None:
+    memo = settled_memo()
+    fingerprint_checkpoint(folder, memo=memo)
+    (folder / "pytorch_model.bin").symlink_to(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"not a file of torch\.save"):
+        fingerprint_checkpoint(folder, memo=memo, use_safetensors=False)
+
+
 def test_a_new_file_is_read_each_time(folder: Path) -> None:
     file = folder / "model.safetensors"
     os.utime(file)
     before = fingerprint_checkpoint(folder)
-    assert FileMemo().recall("tensors 1", FileStamp.of(file)) is None
+    assert FileMemo().recall("safetensors 1", FileStamp.of(file)) is None
     assert fingerprint_checkpoint(folder) == before
 
 

@@ -176,6 +176,25 @@ def test_code_of_another_repository_is_refused(folder: Path) -> None:
         identify_checkpoint(folder)
 
 
+def test_a_dtype_that_must_be_inferred_is_known_only_if_there_is_one(folder: Path) -> None:
+    # `dtype="auto"` then takes the first tensor's of the first file, or an index's word for it.
+    edit(folder / "config.json", dtype=None)
+    before = identify_checkpoint(folder)
+    assert identify_checkpoint(as_bin(folder)).digest == before.digest
+    build("llama").save_pretrained(folder, max_shard_size="20KB")
+    edit(folder / "config.json", dtype=None)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    edit(folder / "model.safetensors.index.json", metadata=index["metadata"] | {"dtype": "bfloat16"})
+    assert identify_checkpoint(folder).digest != before.digest
+    build("llama").half().save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"model.norm.weight": state["model.norm.weight"].float()}, folder / "model.safetensors")
+    assert identify_checkpoint(folder).digest != before.digest
+    edit(folder / "config.json", dtype=None)
+    with pytest.raises(CheckpointError, match="names no dtype"):
+        identify_checkpoint(folder)
+
+
 # --- adapters -------------------------------------------------------------------------------------------------------------------
 
 
