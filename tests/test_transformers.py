@@ -74,7 +74,7 @@ def test_every_output_equals_the_bare_one(name: str, tmp_path: Path) -> None:
     backwards = take(joined, [6, 2, 0, 5, 3, 1, 4])
     bare_backwards = {mode: ask(model, backwards, **modes[mode]) for mode in joined_modes}
     if name in ROPE_DEPENDENT:
-        model = build(name)  # the long rows have changed this one
+        ask(model, batch, do_sample=False)  # the embeddings of positions go back to those of short rows
 
     for warm in (False, True):
         with served(tmp_path) as here:
@@ -87,8 +87,8 @@ def test_every_output_equals_the_bare_one(name: str, tmp_path: Path) -> None:
         for mode in joined_modes:
             output, told = here.ask(ask, model, joined, **modes[mode])
             assert_same(list(bare_joined[mode]), list(output))
-            if name in ROPE_DEPENDENT:  # the long row changed the embeddings of positions that the model holds
-                assert told == Told(0, 0, 0, {"changed": 1})
+            if name in ROPE_DEPENDENT:  # the long row changes the embeddings of positions that the model holds
+                assert told == (Told(0, 0, 0, {"changed": 1}) if mode == "greedy" else Told(0, 1, 0, {}))
                 continue
             assert told == (Told(0, 1, 0, {}) if whole else Told(4, 3, 0, {}))
             output, told = here.ask(ask, model, backwards, **modes[mode])
