@@ -86,7 +86,7 @@ def prepare() -> None:
 
 def table_of(outcomes: list[Outcome]) -> Table:
     """One row a run; seconds saved are evalcache's own net figure, wall seconds are the whole command's, start-up included."""
-    table = Table(title="What was reused, and what it saved", box=box.SIMPLE, pad_edge=False)
+    table = Table(title="What was reused, and what it saved", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("run", "wall s", "hits", "misses", "uncacheable", "loads", "saved s", "overhead s"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for outcome in outcomes:
