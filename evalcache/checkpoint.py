@@ -141,7 +141,7 @@ def find_weights(root: Path, *, variant: str | None = None, use_safetensors: boo
             )  # fmt: skip
         candidates = [named]
     else:
-        wanted = {True: (".safetensors",), False: (".bin",)}.get(use_safetensors, (".safetensors", ".bin"))
+        wanted = (".safetensors", ".bin") if use_safetensors is None else (".safetensors" if use_safetensors else ".bin",)
         names = [name for name in _MODEL_FILES if name.endswith(wanted)]
         candidates = [_varied(candidate, variant) for name in names for candidate in (name, f"{name}.index.json")]
         candidates += [name for name in _ADAPTER_FILES if name.endswith(wanted)]

@@ -82,7 +82,7 @@ def identify_checkpoint(
     Cost: as `fingerprint_checkpoint`; configs and code are read each time.
     """
     memo = FileMemo() if memo is None else memo
-    reading = {"memo": memo, "rehash": rehash, "progress": progress}
+    reading: dict[str, Any] = {"memo": memo, "rehash": rehash, "progress": progress}
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(

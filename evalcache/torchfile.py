@@ -192,7 +192,7 @@ def _is_row_major(view: _View) -> bool:
 def _described(path: str, pickle: bytes) -> Any:
     """What a pickle describes, in terms of dicts, tuples, numbers, text and the records above."""
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def group() -> list[Any]:
         """The values since the last mark, which are taken off the stack."""
@@ -253,7 +253,7 @@ def _described(path: str, pickle: bytes) -> Any:
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
                 case "GLOBAL":
-                    stack.append(_Name(*argument.split(" ")))
+                    stack.append(_Name(*str(argument).split(" ")))
                 case "STACK_GLOBAL":
                     stack.append(_Name(*take(2)))
                 case "BINPERSID":
