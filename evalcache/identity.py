@@ -155,7 +155,7 @@ def _config_digest(file: Path, config: Mapping[str, Any]) -> Digest:
             hint="correct the file",
             path=str(file),
             expected="JSON values of 64 bits",
-            found=error.path,
+            found=error.fields.get("path"),
         ) from error
 
 
