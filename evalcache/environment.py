@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import functools
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evalcache.code import library_of, version_of
-from evalcache.errors import EvalCacheError, UncacheableError
+from evalcache.code import version_of
+from evalcache.errors import EvalCacheError
 from evalcache.records import Environment, Fields
 
 MATCHES = ("portable", "strict")
-_REGISTRIES = (
-    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
-    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
-    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"),
-)
 
 
 def describe_environment(
@@ -39,7 +33,7 @@ def describe_environment(
         engine: the package that computes.
 
     Raises:
-        EvalCacheError: ``match`` is neither. UncacheableError: an attention or expert kernel is no part of an installed library.
+        EvalCacheError: ``match`` is neither.
 
     Cost: 50 µs, and 0.5 µs for each module.
     """
@@ -120,8 +114,6 @@ def _kernels(config: Any) -> dict[str, list[str]]:
         attention = getattr(one, "_attn_implementation", None)
         experts = getattr(one, "_experts_implementation", None)
         found[path] = [str(attention or ""), str(experts or "")]
-        for name in filter(None, found[path]):
-            _refuse_foreign(name)
         for name in getattr(one, "sub_configs", None) or {}:
             inner = getattr(one, name, None)
             if inner is not None and not isinstance(inner, Mapping):
@@ -130,16 +122,6 @@ def _kernels(config: Any) -> dict[str, list[str]]:
     if config is not None:
         visit("", config)
     return found
-
-
-def _refuse_foreign(kernel: str) -> None:
-    """A kernel's name says what it computes only as long as the library's own function is registered under it."""
-    for module_name, registry_name in _REGISTRIES:
-        registry = getattr(sys.modules.get(module_name), registry_name, None)
-        function = None if registry is None else registry.get(kernel)
-        code = getattr(getattr(function, "__func__", function), "__code__", None)
-        if function is not None and (code is None or library_of(code.co_filename) is None):
-            raise UncacheableError("code", f"{registry_name}[{kernel!r}] is not the library's own")
 
 
 def _short(dtype: Any) -> str:
