@@ -31,7 +31,7 @@ from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead,
 from evalcache.key import key_of
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
-from evalcache.records import Action, Hit, Policy, Result, Uncacheable
+from evalcache.records import Action, Hit, Miss, Policy, Result, Uncacheable
 from evalcache.store import Store
 
 CHECK_SHARE = 0.01
@@ -142,6 +142,8 @@ class Cache:
             raise EvalCacheError(f"unknown match {self.match!r}", hint="portable or strict", found=self.match)
         self.run_id = run or uuid.uuid4().hex
         self.counts = Counts()
+        # Everything in here is somebody's prompts and answers: nobody else's to read.
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.store = Store(self.directory / "store")
         self.ledger_path = self.directory / "ledger.duckdb"
         self._lock = threading.RLock()
@@ -174,8 +176,13 @@ class Cache:
             self._meet(watch, manifest)
             return manifest
 
-    def serve(self, watch: Watch, actions: Sequence[Action], compute: Compute, *, client: str = "") -> list[Result]:
+    def serve(
+        self, watch: Watch, actions: Sequence[Action], compute: Compute, *, client: str = "", all_or_none: bool = False
+    ) -> list[Result]:
         """Results for ``actions`` in their order: stored ones for hits, and ``compute`` for the others.
+
+        Args:
+            all_or_none: where one misses, all are computed: for actions whose batch is part of their key.
 
         Equal actions are computed once. The caller has called `open`; what was computed is stored once a later check has
         found the model unchanged.
@@ -192,6 +199,8 @@ class Cache:
             first.setdefault(key, position)
         found = self._read(list(first)) if self.policy.reads else {}
         lookups = {key: decide(self.policy, key, found.get(key)) for key in first}
+        if all_or_none and not all(isinstance(lookup, Hit) for lookup in lookups.values()):
+            lookups = {key: Miss("batch") if isinstance(lookup, Hit) else lookup for key, lookup in lookups.items()}
         counts.overhead["keys"] += keyed - began
         counts.overhead["lookup"] += time.perf_counter() - keyed
 

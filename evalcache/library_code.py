@@ -80,7 +80,6 @@ class LibraryCode:
         self._keyword_functions: list[types.FunctionType] = []
         self._all_keywords: list[Any] = []
         self._cells: list[tuple[types.CellType, Any]] = []
-        self.interfaces: dict[str, Any] = {}
 
     # --- guarding ------------------------------------------------------------------------------------------------------
 
@@ -198,8 +197,8 @@ class LibraryCode:
         state = frozenset() if is_class else _rebound(owner)
         parts = []
         for name, value in list(space.items()):
-            if name in CLASS_NOISE or (not is_class and name.startswith("__")):
-                continue
+            if name in CLASS_NOISE or name == "_global_mapping" or (not is_class and name.startswith("__")):
+                continue  # a table of kernels is looked at where one is chosen
             content = self._value(value, f"{where}.{name}", is_class=is_class, name=name)
             if content is not None and name not in state:
                 parts.append([name, content])
@@ -229,9 +228,6 @@ class LibraryCode:
                 raise _replaced(where, value)
             return ["class", class_name(value)]
         if _is_interface(value):
-            # The name under which it is met first in a walk over sorted modules is its home's, or as good.
-            if not any(known is value for known in self.interfaces.values()):
-                self.interfaces[where] = value
             return ["table", class_name(type(value))]
         if _is_users(type(value)):
             raise _replaced(where, type(value))
@@ -248,7 +244,9 @@ class LibraryCode:
             content = self._contents(value, where)
             self._watch(value)
             return content
-        return _plain(value) if isinstance(value, (bool, int, float, str, bytes, tuple, frozenset)) else None
+        # A module's texts are paths, ids of the process and messages as often as constants; a class's are what it is set up with.
+        plain = (bool, int, float, str, bytes, tuple, frozenset) if is_class else (bool, int, float)
+        return _plain(value) if isinstance(value, plain) else None
 
     def _watch(self, value: Any) -> None:
         """Remember what a container holds, and the containers in it."""

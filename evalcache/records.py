@@ -210,7 +210,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """The request has to be computed. ``reason``: ``absent``, ``corrupt`` or ``refresh``."""
+    """The request has to be computed. ``reason``: ``absent``, ``corrupt``, ``refresh``, or ``batch`` (a neighbour missed)."""
 
     reason: str
 

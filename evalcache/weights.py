@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ Progress = Callable[[int, int], None]
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _PARALLEL_FROM_BYTES = 32 << 20
 _PENDING = ModuleRecord(Digest(bytes(16)), "")
+
+_TABLES = (
+    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"),
+)
 
 _library = LibraryCode()
 
@@ -102,8 +109,14 @@ def library_digests(classes: Sequence[str]) -> bytes:
         parts.append([name, _library.digest(cls).value])
     transformers = any(name.startswith("transformers.") for name in classes)
     runtime = _library.runtime(transformers=transformers).value
-    # No configuration is there yet to say which kernel it chooses: a table that was added to is told by all of its entries.
-    tables = [[name, [[key, _library.function(function)] for key, function in entries]] for name, entries in _tables()]
+    # No configuration is there yet to say which kernel it chooses: a table that somebody added to is refused.
+    tables = []
+    for name, entries in _tables():
+        functions = [(key, one) for key, one in entries if isinstance(one, types.FunctionType)]
+        for key, one in functions:
+            if origin_of(one) not in ("transformers", "torch"):
+                raise FingerprintError("", f"kernel {key!r} of {name} comes from elsewhere", "code")
+        tables.append([name, [[key, _library.function(one)] for key, one in functions]])
     return digest_canonical([parts, runtime, tables]).value
 
 
@@ -386,11 +399,17 @@ class _Walk:
 
 
 def _tables() -> list[tuple[str, list[tuple[str, Any]]]]:
-    """The entries of each of transformers' tables of kernels, own and overridden ones."""
-    return [
-        (name, [(key, unwrap_ours(one)) for key, one in sorted({**type(table)._global_mapping, **table._local_mapping}.items())])
-        for name, table in sorted(_library.interfaces.items())
-    ]
+    """The entries of transformers' tables of kernels, own and overridden ones.
+
+    A fixed list: which further tables have been met depends on what else the process has looked at.
+    """
+    found = []
+    for home, name in _TABLES:
+        table = getattr(sys.modules.get(home), name, None)
+        if table is not None:
+            entries = {**type(table)._global_mapping, **table._local_mapping}
+            found.append((name, [(key, unwrap_ours(one)) for key, one in sorted(entries.items())]))
+    return found
 
 
 def _class_name(cls: type) -> str:

@@ -211,7 +211,8 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     # A caller's criteria take the place of the end ids, and a processor may hold a tensor with a line for each row.
     whole = samples or scores or bool(batch_tensors or processors or criteria)
     whole = whole or (ids.shape[0] > 1 and (config.stop_strings is not None or not traits.rows))
-    watched = _ALWAYS_SENSITIVE | (_ENCODER_SENSITIVE if encoder_decoder else _DECODER_SENSITIVE)
+    # Despite their names, the encoder's settings act on a decoder's prompt too.
+    watched = _ALWAYS_SENSITIVE | _ENCODER_SENSITIVE | ({} if encoder_decoder else _DECODER_SENSITIVE)
     sensitive = any(settings.get(name) not in neutral for name, neutral in watched.items() if name in settings)
     call = Call(
         arguments=arguments,
@@ -310,7 +311,7 @@ def _settings(config: Any, prefix_length: int, encoder_decoder: bool) -> dict[st
     if (config.num_beams or 1) == 1:
         inactive |= _ONLY_BEAMS
     if not encoder_decoder:
-        inactive |= {"decoder_start_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"}
+        inactive |= {"decoder_start_token_id"}
     for name in inactive:
         values.pop(name, None)
     if isinstance(values.get("stop_strings"), str):

@@ -2,7 +2,7 @@
 
 ``from_pretrained`` of a known checkpoint returns a `LazyModel`: it answers for the config, the generation config and the class,
 and ``generate`` is served from the store; anything else loads the weights first, as the caller asked for them. Known means: an
-earlier load of the same files, with the same arguments and the same versions, has told what the live model is (`CheckpointIndex`).
+earlier load of the same files, with the same arguments and the same versions, has told what the live model is.
 
 Nothing is taken on trust when it wakes: the live model is fingerprinted, and if it is not the one that was promised, the call is
 resolved again on what is there.
@@ -17,7 +17,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.code import library_of, version_of
 from evalcache.digest import Digest
-from evalcache.errors import CanonicalError, EvalCacheError, EvalCacheWarning, FingerprintError
+from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
 from evalcache.filememo import FileMemo
 from evalcache.identity import CheckpointIndex, identify_checkpoint
 from evalcache.manifest import Manifest
@@ -211,29 +210,38 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
         return original(path, *args, **kwargs)
     _loading.active = True
     try:
-        began = time.perf_counter()
-        with _counted(cache, began):
-            known = _Checkpoint.find(cache, cls, path, args, kwargs)
+        known = _guarded(cache, lambda: _Checkpoint.find(cache, cls, path, args, kwargs))
         if known is not None and cache.policy.reads:
-            with _counted(cache, time.perf_counter()), warnings.catch_warnings():
-                lazy = known.lazy(original)
+            lazy = _guarded(cache, lambda: known.lazy(original))
             if lazy is not None:
                 return lazy
         began = time.perf_counter()
-        states = torch.get_rng_state()
         if known is None:
             model = original(path, *args, **kwargs)
             cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
             return model
+        states = torch.get_rng_state()
         model, told = original(path, *args, **kwargs, output_loading_info=True)
         cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
+        # What was made up at random while loading, or with draws from the script's generator, cannot be promised.
         complete = not any(told.get(name) for name in ("missing_keys", "mismatched_keys", "error_msgs"))
         if complete and torch.equal(states, torch.get_rng_state()) and cache.policy.writes:
-            with _counted(cache, time.perf_counter()):
-                known.remember(model)
+            _guarded(cache, lambda: known.remember(model))
         return model
     finally:
         _loading.active = False
+
+
+def _guarded(cache: Cache, step: Callable[[], Any]) -> Any:
+    """One step of ours around a load; whatever fails in it, the load goes on without it."""
+    began = time.perf_counter()
+    try:
+        return step()
+    except Exception as error:
+        cache.warn(f"a checkpoint is loaded as if evalcache were not there: {type(error).__name__}: {error}")
+        return None
+    finally:
+        cache.counts.overhead["fingerprint"] += time.perf_counter() - began
 
 
 class _Checkpoint:
@@ -278,7 +286,7 @@ class _Checkpoint:
             found = cls(cache, model, folder, args, kwargs)
         except (EvalCacheError, OSError) as error:
             if not isinstance(error, (CanonicalError, FingerprintError)):
-                warnings.warn(f"{folder} is loaded at once: {error}", EvalCacheWarning, stacklevel=5)
+                cache.warn(f"{folder} is loaded at once: {error}")
             return None
         found.path = path
         return found
@@ -448,11 +456,3 @@ def _folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
     except (OSError, ValueError):
         return None
     return Path(found).parent if found else None
-
-
-@contextlib.contextmanager
-def _counted(cache: Cache, began: float) -> Any:
-    try:
-        yield
-    finally:
-        cache.counts.overhead["fingerprint"] += time.perf_counter() - began

@@ -1,28 +1,33 @@
-"""Log-likelihoods of (context, continuation) pairs: a request-level seam, which batches as it likes and is told only the misses.
+"""Log-likelihoods of (context, continuation) pairs: a request-level seam, which batches as it likes.
 
-Pairs are computed in length-sorted batches by token budget (padding falls from three quarters to a few percent), pairs whose input
-is the same share one row (the four letters of a multiple choice do), and what was computed is committed every few seconds.
+It is told only the misses. Pairs are computed in length-sorted batches by token budget (padding falls from three quarters to a
+few percent), pairs whose input is the same share one row (the four letters of a multiple choice do), and what was computed is
+committed every few seconds.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from evalcache.cache import Cache
+from evalcache.cache import Cache, Watch
+from evalcache.canonical import digest_canonical
 from evalcache.environment import device_name
 from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.integrations import lazy
 from evalcache.integrations.probe import batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
-from evalcache.integrations.transformers import CLIENT, Seam
-from evalcache.records import Action, Fields, Request, Result, pack_logprobs, pack_tokens, unpack_logprobs
+from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
+from evalcache.records import Action, Environment, Fields, Request, Result, pack_logprobs, pack_tokens, unpack_logprobs
 
 SETTINGS = Fields({"softmax_dtype": "float32"})
+
+
+Row = tuple[list[int], list[int]]
+"""Ids of a context and of its continuation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +84,44 @@ def loglikelihood(
         return [_score(bare[place]) for place in range(len(rows))]
     seam = Seam.of(cache)
     watch = seam.watch(model)
-    compute = functools.partial(_compute, model, rows, batch_tokens)
     with watch.lock:
         try:
-            manifest, environment = seam.look(model, watch)
+            try:
+                results = _serve(seam, watch, model, rows, batch_tokens)
+            except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
+                results = _serve(seam, watch, model, rows, batch_tokens)
         except UncacheableError as error:
-            results = dict(compute(range(len(rows))))
-            seconds = sum(result.cost.seconds for result in results.values() if result.cost)
+            made = dict(_compute(model, rows, batch_tokens, range(len(rows))))
+            seconds = sum(result.cost.seconds for result in made.values() if result.cost)
             cache.uncacheable(error.reason, error.detail, requests=len(rows), seconds=seconds, client=CLIENT)
-            return [_score(results[place]) for place in range(len(rows))]
-        actions = [
-            Action(
-                manifest.root,
-                Request("loglikelihood", pack_tokens(context), SETTINGS, {"continuation": pack_tokens(continuation)}),
-                environment,
-            )
-            for context, continuation in rows
-        ]
-        return [_score(result) for result in cache.serve(watch, actions, compute, client=CLIENT)]
+            results = [made[place] for place in range(len(rows))]
+    return [_score(result) for result in results]
 
 
-def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> tuple[list[int], list[int]]:
+def _serve(seam: Seam, watch: Watch, model: Any, rows: Sequence[Row], batch_tokens: int) -> list[Result]:
+    manifest, environment = seam.look(model, watch)
+    if "dynamic" in batch_dependent(model.config):
+        raise UncacheableError("unsupported", "a dynamic rotary embedding remembers the rows before")
+    if seam.cache.match == "strict":
+        batch = digest_canonical([batch_tokens, [[pack_tokens(context), pack_tokens(tail)] for context, tail in rows]])
+        environment = Environment(Fields(dict(environment.keyed) | {"batch": batch.value}), environment.recorded)
+    actions = [
+        Action(
+            manifest.root,
+            Request("loglikelihood", pack_tokens(context), SETTINGS, {"continuation": pack_tokens(continuation)}),
+            environment,
+        )
+        for context, continuation in rows
+    ]
+
+    def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
+        seam.wake(model, watch, manifest)
+        return _compute(model, rows, batch_tokens, missing)
+
+    return seam.cache.serve(watch, actions, compute, client=CLIENT, all_or_none=seam.cache.match == "strict")
+
+
+def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> Row:
     """Ids of context and continuation, as they are when encoded together; the context's beginning is cut at ``limit``."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -124,17 +146,15 @@ def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> tupl
     return head[-(limit + 1 - len(tail)) :], tail
 
 
-def _compute(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_tokens: int, missing: Sequence[int]
-) -> Iterator[tuple[int, Result]]:
+def _compute(model: Any, rows: Sequence[Row], batch_tokens: int, missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
     model = lazy.awake(model)
     shared: dict[tuple[int, ...], list[int]] = {}
     for place in missing:
         context, continuation = rows[place]
         shared.setdefault(tuple(context + continuation[:-1]), []).append(place)
-    # Longest first: a batch that does not fit in memory fails at once and not after hours.
-    inputs = sorted(shared, key=len, reverse=True)
     alone = bool(batch_dependent(model.config))
+    # Longest first: a batch that does not fit in memory fails at once and not after hours.
+    inputs = list(shared) if alone else sorted(shared, key=len, reverse=True)
     start = 0
     while start < len(inputs):
         width = len(inputs[start])
@@ -146,7 +166,7 @@ def _compute(
 
 @torch.no_grad()
 def _score_batch(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch: Sequence[tuple[int, ...]], places: Sequence[list[int]]
+    model: Any, rows: Sequence[Row], batch: Sequence[tuple[int, ...]], places: Sequence[list[int]]
 ) -> list[tuple[int, Result]]:
     device = model.device
     width = max(len(one) for one in batch)
@@ -159,10 +179,12 @@ def _score_batch(
     with measured(None, device) as watch:
         # Padding stands on the right, where a causal model never looks.
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        virtual = logits.shape[1] - width  # the tokens that a prompt-learning adapter puts before the prompt
         for row, one in enumerate(batch):
             for place in places[row]:
                 continuation = rows[place][1]
-                steps = logits[row, len(one) - len(continuation) : len(one)].float()
+                end = virtual + len(one)
+                steps = logits[row, end - len(continuation) : end].float()
                 target = torch.tensor(continuation, device=device)
                 logprobs = torch.log_softmax(steps, dim=-1).gather(1, target[:, None])[:, 0]
                 greedy = bool((steps.argmax(dim=-1) == target).all())

@@ -178,8 +178,12 @@ class Seam:
                 with watch.lock:
                     try:
                         return self._serve(model, watch, original, arguments)
-                    except _AnotherModel:  # what woke is not what was promised: ask again, of what is there
+                    except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
                         return self._serve(model, watch, original, arguments)
+            except _Unstorable as made:
+                rows = made.output[0].shape[0] if hasattr(made.output[0], "shape") else 1
+                self.cache.uncacheable(made.error.reason, made.error.detail, requests=rows, client=CLIENT)
+                return made.output
             except UncacheableError as error:
                 return self._untouched(error, original, args, kwargs)
 
@@ -203,13 +207,25 @@ class Seam:
         device = lazy.sleep_of(model).device.type if lazy.is_asleep(model) else None
         return manifest, describe_environment(model if engine is None else engine, self.cache.match, device=device)
 
+    def wake(self, model: Any, watch: Watch, manifest: Manifest) -> None:
+        """Load a sleeping model before it computes, and see that it is the one that was promised.
+
+        Raises:
+            AnotherModelError: it is not.
+        """
+        if lazy.is_asleep(model):
+            lazy.awake(model)
+            if self.cache.open(watch).root != manifest.root:
+                raise AnotherModelError
+
     def _plan(
         self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]
     ) -> tuple[Call, Manifest, Environment, _Told]:
         """Check the model and resolve the call. Whatever fails in here, the bare call still runs."""
         try:
-            inner = model if lazy.is_asleep(model) else unwrap(lazy.awake(model))
-            engine = _engine(model, inner, arguments)
+            asleep = lazy.is_asleep(model)
+            inner = model if asleep else unwrap(lazy.awake(model))
+            engine = model if asleep else _engine(lazy.awake(model), inner, arguments)
             manifest, environment = self.look(model, watch, engine)
             traits = self._find_traits(inner, original, manifest, environment)
             with _resolving, _buffered_logs() as told:
@@ -230,17 +246,12 @@ class Seam:
         computed: list[Any] = []
 
         def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
-            if lazy.is_asleep(model):
-                inner = unwrap(lazy.awake(model))
-                if cache.open(watch).root != manifest.root:
-                    raise _AnotherModel
-            else:
-                inner = unwrap(lazy.awake(model))
-            output, results = self._compute(call, inner, original, missing)
+            self.wake(model, watch, manifest)
+            output, results = self._compute(call, unwrap(lazy.awake(model)), original, missing)
             computed.append((missing, output))
             return zip(missing, results, strict=True)
 
-        results = cache.serve(watch, actions, compute, client=CLIENT)
+        results = cache.serve(watch, actions, compute, client=CLIENT, all_or_none=cache.match == "strict")
         if computed and len(computed[0][0]) == len(actions):
             return computed[0][1]  # everything was computed: what the engine returned, untouched
         if not computed:
@@ -254,7 +265,10 @@ class Seam:
             output = original(**chosen)
         name = device_name(device.type)
         if call.whole:
-            result = generation.batch_result(call, output)
+            try:
+                result = generation.batch_result(call, output)
+            except UncacheableError as error:
+                raise _Unstorable(output, error) from error
             made = len(result.tokens) // 4
             cost = share(watch, [int(call.mask.sum())], [made], name)[0]
             return output, [_with_cost(result, cost, call.rows)]
@@ -345,7 +359,16 @@ def _not_again() -> Iterator[None]:
         _inside.active = False
 
 
-class _AnotherModel(Exception):
+class _Unstorable(Exception):
+    """A whole batch was computed, and holds what cannot be stored: its caller has it all the same."""
+
+    def __init__(self, output: Any, error: UncacheableError) -> None:
+        super().__init__(str(error))
+        self.output = output
+        self.error = error
+
+
+class AnotherModelError(Exception):
     """A checkpoint woke as another model than it was when it was met first."""
 
 
