@@ -1,4 +1,4 @@
-"""What cannot be keyed exactly runs as if evalcache were not there: the same output or the same error, counted with its reason."""
+"""What cannot be keyed exactly runs as if evalcache were not there: same output or same error, counted with its reason."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def patched_instance() -> Any:
 
 def strange_attribute() -> Any:
     model = build("llama")
-    model.model.layers[0].notes = object()
+    model.model.layers[0].notes = iter([1, 2])
     return model
 
 
