@@ -32,7 +32,8 @@ _NEVER = frozenset(
     "_require_grads_hook _require_grads_hooks hf_device_map _hf_hook _old_forward hf_quantizer quantization_method is_quantized "
     "is_loaded_in_4bit is_loaded_in_8bit warnings_issued "
     "model_tags _hf_peft_config_loaded peft_config generation_config _compiled_call_impl _output_capturing_hooks_installed "
-    "_previous_max_cache_length _weight_conversions".split()
+    "_is_torch_compile "
+    "_previous_max_cache_length _is_torch_compile _weight_conversions".split()
 )
 _NEVER_IN_CONFIG = frozenset(
     "_name_or_path name_or_path transformers_version _commit_hash architectures _attn_implementation_autoset _post_init_done "

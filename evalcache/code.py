@@ -51,7 +51,7 @@ BUILTINS = (
 
 CLASS_NOISE = frozenset(
     "__abstractmethods__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __dataclass_fields__ __dict__ "
-    "__doc__ __firstlineno__ "
+    "__dataclass_params__ __doc__ __firstlineno__ "
     "__module__ __orig_bases__ __parameters__ __qualname__ __static_attributes__ __weakref__ _abc_impl".split()
 )
 """Names in a class that tell nothing about what it does."""
@@ -89,8 +89,14 @@ def is_library_class(cls: type) -> bool:
     """Whether a class was defined by an installed library."""
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
-    # A class without a file is built in; one whose module is gone or is a script is the user's.
-    return library_of(file) is not None if file else cls.__module__ in sys.builtin_module_names or cls.__module__ == "torch._C"
+    if file:
+        return library_of(file) is not None
+    # A class without a file is compiled in, on its own or within a package; one whose module is gone or is a prompt is the user's.
+    if cls.__module__ in sys.builtin_module_names:
+        return True
+    package, _, inside = cls.__module__.partition(".")
+    file = getattr(sys.modules.get(package), "__file__", None) if inside else None
+    return file is not None and library_of(file) is not None
 
 
 def origin_of(function: types.FunctionType) -> str | None:

@@ -31,7 +31,7 @@ def _weights(device: torch.device, words: int) -> torch.Tensor:
 
 def tensor_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The weighted sum of one tensor's words. Shape: ``() int64`` on the tensor's device."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     if rest := -data.numel() % 4:
         data = torch.nn.functional.pad(data, (0, rest))
     words = data.view(torch.int32)

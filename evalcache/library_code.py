@@ -80,6 +80,7 @@ class LibraryCode:
         self._keyword_functions: list[types.FunctionType] = []
         self._all_keywords: list[Any] = []
         self._cells: list[tuple[types.CellType, Any]] = []
+        self.interfaces: dict[str, Any] = {}
 
     # --- guarding ------------------------------------------------------------------------------------------------------
 
@@ -228,6 +229,8 @@ class LibraryCode:
                 raise _replaced(where, value)
             return ["class", class_name(value)]
         if _is_interface(value):
+            if not any(known is value for known in self.interfaces.values()):
+                self.interfaces[where] = value
             return ["table", class_name(type(value))]
         if _is_users(type(value)):
             raise _replaced(where, type(value))

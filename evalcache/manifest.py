@@ -183,7 +183,13 @@ class ManifestDiff:
         kinds: dict[str, list[str]] = {}
         for path, kind in self.parts:
             kinds.setdefault(kind, []).append(path or "(root)")
-        said += [f"{kind} of {_shorten(paths)}" for kind, paths in kinds.items()]
+        for kind, paths in kinds.items():
+            if kind in ("added", "removed"):  # with all below it
+                said.append(f"{kind}: {_shorten(_topmost(paths))}")
+            elif kind == "config" and "(root)" not in paths:  # its own path says what it is
+                said.append(_shorten(paths))
+            else:
+                said.append(f"{kind} of {_shorten(paths)}")
         return "; ".join(said) or "no difference"
 
 
@@ -224,13 +230,20 @@ def _digest(tensor: TensorRecord | None) -> Digest | None:
     return tensor.digest if tensor else None
 
 
+def _topmost(paths: list[str]) -> list[str]:
+    known = set(paths)
+    above = {path: [path[:place] for place, letter in enumerate(path) if letter == "."] for path in paths}
+    return [path for path in paths if not known.intersection(above[path])]
+
+
 def _shorten(paths: list[str], most: int = 3) -> str:
+    paths = _drop_common_prefix(paths)
     return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
 
 
 def _drop_common_prefix(groups: list[str]) -> list[str]:
     """Leave out ``model.`` and the like where it says nothing; a name that has no such prefix stays as it is."""
-    return [re.sub(r"^(base_model\.model\.)?(model|transformer)\.(?=.)", "", group) for group in groups]
+    return [re.sub(r"^(base_model\.model\.)?(model|transformer)\.(?=[^*])", "", group) for group in groups]
 
 
 def _join_numbered(groups: list[str]) -> list[str]:

@@ -184,7 +184,7 @@ class UserCode:
         return ["class", cls.__qualname__, parts, None if is_library_class(meta) else self._value(meta)]
 
     def _library_class(self, cls: type) -> Any:
-        if cls.__module__.startswith(("torch.", "transformers.", "peft.")):
+        if cls.__module__.startswith(("torch.nn.", "transformers.", "peft.")):
             return ["class", class_name(cls), self._library.digest(cls).value]
         return ["class", class_name(cls)]
 

@@ -409,6 +409,13 @@ def _tables() -> list[tuple[str, list[tuple[str, Any]]]]:
         if table is not None:
             entries = {**type(table)._global_mapping, **table._local_mapping}
             found.append((name, [(key, unwrap_ours(one)) for key, one in sorted(entries.items())]))
+    # A file of a model may have a table of its own: only what a user put there counts.
+    known = {id(getattr(sys.modules.get(home), name, None)) for home, name in _TABLES}
+    for name, table in sorted(_library.interfaces.items()):
+        own = {} if id(table) in known else table._local_mapping
+        put = [(key, one) for key, one in sorted(own.items()) if isinstance(one, types.FunctionType) and origin_of(one) is None]
+        if put:
+            found.append((name, put))
     return found
 
 
