@@ -18,7 +18,7 @@ import pytest
 import torch
 from served import Told, assert_same, served
 from tiny import EOS, PAD, ROPE_DEPENDENT, build, prompts
-from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from transformers import AttentionInterface, GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 from words import SENTENCES, train_tokenizer
 
 BATCH = prompts()
@@ -421,6 +421,35 @@ def test_rows_of_a_recurrent_model_are_one_request(tmp_path: Path) -> None:
         output, told = here.ask(Ask(batch=part).run, model)
         assert_same(bare, output)
         assert told == Told(0, 1, 0, {})
+
+
+def test_an_attention_kernel_of_one_s_own_counts_by_what_it_does(tmp_path: Path) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def register(factor: float) -> None:
+        def scaled(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+            return sdpa_attention_forward(module, query * factor, *args, **kwargs)
+
+        AttentionInterface.register("scaled", scaled)
+
+    model, bare = build("llama"), {}
+    try:
+        register(1.0)
+        model.set_attn_implementation("scaled")
+        for factor in (1.0, 4.0):
+            register(factor)
+            bare[factor] = Ask().run(model)
+        assert not torch.equal(bare[1.0], bare[4.0])
+        with served(tmp_path) as here:
+            for factor in (1.0, 4.0, 1.0, 4.0):
+                register(factor)
+                output, told = here.ask(Ask().run, model)
+                assert_same(bare[factor], output)
+                assert told.hits in (0, 4)
+            register(1.0)
+            here.ask(Ask().run, build("llama"))
+    finally:
+        del AttentionInterface._global_mapping["scaled"]
 
 
 # --- adapters ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import torch
 from served import assert_same, served
 from tiny import EOS, PAD, build, prompts
 from transformers import (
-    AttentionInterface,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -252,23 +251,6 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 def test_every_reason_is_met_by_some_test() -> None:
     assert {reason for reason, _ in CALLS} | set(ELSEWHERE) == set(UNCACHEABLE_REASONS)
-
-
-def test_an_attention_kernel_of_one_s_own_is_refused(tmp_path: Path) -> None:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def doubled(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-        return sdpa_attention_forward(module, query * 2, *args, **kwargs)
-
-    model = build("llama")
-    with served(tmp_path) as here:
-        assert here.ask(greedy, model)[1].misses == 4
-        AttentionInterface.register("doubled", doubled)
-        try:
-            model.config._attn_implementation = "doubled"
-            assert here.ask(greedy, model)[1].uncacheable == {"patched": 4}
-        finally:
-            del AttentionInterface._global_mapping["doubled"]
 
 
 def test_samples_from_a_second_thread_are_not_cached(tmp_path: Path) -> None:
