@@ -52,7 +52,9 @@ BUILTINS = (
 CLASS_NOISE = frozenset(
     "__abstractmethods__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __dataclass_fields__ __dict__ "
     "__dataclass_params__ __doc__ __firstlineno__ "
-    "__module__ __orig_bases__ __parameters__ __qualname__ __static_attributes__ __weakref__ _abc_impl".split()
+    "__module__ __orig_bases__ __parameters__ __qualname__ __static_attributes__ __weakref__ _abc_impl "
+    # Written into classes while they are used: by copyreg, by transformers when a first model is made or asked.
+    "__slotnames__ smart_apply _can_set_attn_implementation_cached_value _can_set_experts_implementation_cached_value".split()
 )
 """Names in a class that tell nothing about what it does."""
 

@@ -22,14 +22,19 @@ MATCHES = ("portable", "strict")
 
 
 def describe_environment(
-    model: Any, match: str = "portable", *, device: str | None = None, engine: str = "transformers"
+    model: Any,
+    match: str = "portable",
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    engine: str = "transformers",
 ) -> Environment:
     """The environment in which ``model`` would answer now.
 
     Args:
         model: a module with a transformers config, or anything that has ``config``; a model that is not loaded yet will do.
         match: ``portable`` or ``strict``.
-        device: type of device, for a model that is not loaded yet; else that of its parameters.
+        device, dtype: of a model that is not loaded yet; None means those of its parameters.
         engine: the package that computes.
 
     Raises:
@@ -45,7 +50,7 @@ def describe_environment(
         "engine_version": version_of(engine) or "",
         "torch": str(torch.__version__),
         "device": kind,
-        "dtype": _short(getattr(model, "dtype", None)),
+        "dtype": _short(dtype or getattr(model, "dtype", None)),
         "default_dtype": _short(torch.get_default_dtype()),
         "autocast": [_short(torch.get_autocast_dtype(one)) for one in kind.split("+") if torch.is_autocast_enabled(one)],
         "matmul_precision": _float32_precisions(),
@@ -58,7 +63,7 @@ def describe_environment(
             torch.backends.cuda.cudnn_sdp_enabled(),
         ],
     }
-    if kind == "cuda":
+    if "cuda" in kind:
         matmul = torch.backends.cuda.matmul
         keyed["reduced_precision"] = [
             str(matmul.allow_fp16_reduced_precision_reduction),

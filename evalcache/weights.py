@@ -144,7 +144,7 @@ class Fingerprinter:
         *wrappers, module = _unwrapped(outer)
         try:
             for wrapper in wrappers:
-                refuse_wrapper(wrapper)
+                refuse_wrapper(wrapper, module)
                 if type(wrapper).__name__ != "OptimizedModule":
                     walk.class_code(type(wrapper), "")  # raises if it was patched
             walk.hash_tensors(module)

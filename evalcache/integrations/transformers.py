@@ -197,15 +197,17 @@ class Seam:
         self.cache.uncacheable(error.reason, error.detail, requests=rows, seconds=time.perf_counter() - began, client=CLIENT)
         return output
 
-    def look(self, model: Any, watch: Watch, engine: Any = None) -> tuple[Manifest, Environment]:
+    def look(self, model: Any, watch: Watch) -> tuple[Manifest, Environment]:
         """Check a model, and describe the environment in which it would answer now.
 
         Raises:
             UncacheableError: it cannot be keyed.
         """
-        manifest = self.cache.open(watch)
-        device = lazy.sleep_of(model).device.type if lazy.is_asleep(model) else None
-        return manifest, describe_environment(model if engine is None else engine, self.cache.match, device=device)
+        manifest = self.cache.open(watch)  # may wake it
+        if lazy.is_asleep(model):
+            sleep = lazy.sleep_of(model)
+            return manifest, describe_environment(sleep.hollow, self.cache.match, device=sleep.device.type, dtype=sleep.dtype)
+        return manifest, describe_environment(lazy.awake(model), self.cache.match)
 
     def wake(self, model: Any, watch: Watch, manifest: Manifest) -> None:
         """Load a sleeping model before it computes, and see that it is the one that was promised.
@@ -223,13 +225,19 @@ class Seam:
     ) -> tuple[Call, Manifest, Environment, _Told]:
         """Check the model and resolve the call. Whatever fails in here, the bare call still runs."""
         try:
+            manifest, environment = self.look(model, watch)
             asleep = lazy.is_asleep(model)
             inner = model if asleep else unwrap(lazy.awake(model))
-            engine = model if asleep else _engine(lazy.awake(model), inner, arguments)
-            manifest, environment = self.look(model, watch, engine)
+            engine = lazy.sleep_of(model).hollow if asleep else _engine(lazy.awake(model), inner, arguments)
             traits = self._find_traits(inner, original, manifest, environment)
             with _resolving, _buffered_logs() as told:
-                call = _resolve(engine, arguments, traits)
+                try:
+                    call = _resolve(engine, arguments, traits)
+                except UncacheableError:
+                    if not lazy.is_asleep(model):
+                        raise
+                    # Perhaps only because a hollow model has no modules to ask.
+                    call = _resolve(_engine(lazy.awake(model), unwrap(lazy.awake(model)), arguments), arguments, traits)
             if call.samples:
                 _one_sampling_thread()
             return call, manifest, environment, told
