@@ -19,6 +19,7 @@ from evalcache.errors import FingerprintError
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 _HARMLESS_HOOK_FILES = ("/transformers/utils/output_capturing.py", "/accelerate/hooks.py")
+_SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 # Methods that say or move something, and compute nothing: torchao sets `extra_repr`, accelerate the others.
 _SILENT_METHODS = frozenset("extra_repr to cuda npu mlu sdaa musa xpu neuron".split())
 
@@ -40,16 +41,21 @@ def refuse_interception() -> None:
         raise FingerprintError("", f"torch dispatch mode {type(mode).__qualname__} is active", "hook")
 
 
-def refuse_hooks(module: nn.Module, path: str) -> str:
+def refuse_hooks(module: nn.Module, path: str, inner: nn.Module | None = None) -> str:
     """Refuse foreign hooks and methods of one module.
+
+    Args:
+        module: at ``path`` of the model. inner: a module whose own methods it may borrow.
 
     Returns:
         What was compiled in place, empty for an ordinary module.
 
     Raises:
-        FingerprintError: ``training``, ``hook`` or ``patched``.
+        FingerprintError: ``training``, ``hook``, ``patched`` or ``sharded``.
     """
     values = module.__dict__
+    if _is_sharded(type(module)):
+        raise FingerprintError(path, f"{type(module).__name__}: this process sees one shard only", "sharded")
     if values["training"]:
         raise FingerprintError(path, f"{type(module).__name__} is in training mode; call model.eval()", "training")
     for kind in _HOOK_DICTS:
@@ -72,6 +78,8 @@ def refuse_hooks(module: nn.Module, path: str) -> str:
                 continue
             if name == "forward" and accelerate is not None and _is_accelerates(value, module):
                 continue
+            if inner is not None and _is_own_method(value, inner, name):
+                continue
             if _compiles(value, module, name):
                 compiled.append(name)
                 continue
@@ -79,7 +87,7 @@ def refuse_hooks(module: nn.Module, path: str) -> str:
     return " ".join(compiled)
 
 
-def refuse_wrapper(wrapper: nn.Module) -> None:
+def refuse_wrapper(wrapper: nn.Module, inner: nn.Module) -> None:
     """Refuse hooks, methods and foreign backends of a wrapper that is looked through.
 
     Raises:
@@ -93,7 +101,12 @@ def refuse_wrapper(wrapper: nn.Module) -> None:
         if not _is_library_backend(wrapper.__dict__.get("dynamo_ctx")):
             raise FingerprintError("", "compiled by a backend of the user's", "patched")
     else:
-        refuse_hooks(wrapper, "")
+        refuse_hooks(wrapper, "", inner)  # PEFT lends the base model's forward to a model whose prompt is disabled
+
+
+@functools.cache
+def _is_sharded(cls: type) -> bool:
+    return any(base.__name__ in _SHARDED for base in cls.__mro__)
 
 
 def _is_harmless(hook: Any) -> bool:

@@ -17,7 +17,7 @@ from evalcache.errors import FingerprintError
 from evalcache.leaf import leaf_digest
 from evalcache.manifest import TensorRecord
 
-_SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DTensor", "DeepSpeedEngine", "ShardedTensor"})
+_SHARDED = frozenset({"DTensor", "ShardedTensor"})
 _RECURSED = ("torchao.", "optimum.quanto.")
 
 

@@ -235,6 +235,8 @@ class _Walk:
         compiled = refuse_hooks(module, path)
         if is_adapted_layer(cls):
             return self._visit_adapted(module, path)
+        # Before the tensors: saving makes bitsandbytes undo the layout that its last forward on a CPU chose.
+        extra = self._extra_state(module, path)
         tensors = {name: self._tensor(tensor) for name, tensor in module_tensors(module, path)}
         parts = {"code": self.class_code(cls, path)}
         attributes = self.encoder.module_attributes(module, path)
@@ -242,7 +244,7 @@ class _Walk:
             parts["attributes"] = attributes
         if compiled:
             parts["compiled"] = digest_canonical(compiled)
-        if extra := self._extra_state(module, path):
+        if extra:
             parts["extra"] = digest_canonical(extra)
         # A place is kept before the children's, so that the manifest is in the order of the model's own traversal.
         self.modules[path] = _PENDING
@@ -365,6 +367,8 @@ class _Walk:
             return ["torch", str(value)]
         if isinstance(value, torch.device):
             return ["device"]  # where a module runs is never keyed; the device's type is part of the environment
+        if type(value).__module__ == "bitsandbytes.functional" and hasattr(value, "as_dict"):
+            return ["quantisation", self.encoder.encode(value.as_dict(packed=False), path)]
         if inside_code and type(value).__module__ == "numpy":
             return self.encoder.encode(value, path)
         if not inside_code:
