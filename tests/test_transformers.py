@@ -217,9 +217,9 @@ def test_a_batch_is_not_stored_when_another_thread_edits_the_model_meanwhile(tmp
     edits = []
 
     def edit() -> None:
-        # The clock of the first forward hangs on the model while it runs: the batch has begun, and the check before it is over.
-        while not model._forward_hooks and not over.is_set():
-            time.sleep(0)
+        # Once the lookup has been timed, the check before it is over and the batch begins.
+        while here.cache.counts.overhead["lookup"] == looked_up and not over.is_set():
+            time.sleep(0.0005)
         while not over.is_set():
             model.lm_head.weight.data.add_(0.01)
             edits.append(1)
@@ -227,6 +227,7 @@ def test_a_batch_is_not_stored_when_another_thread_edits_the_model_meanwhile(tmp
 
     with served(tmp_path) as here:
         here.ask(ask, model, batch, do_sample=False)
+        looked_up = here.cache.counts.overhead["lookup"]
         thread = threading.Thread(target=edit)
         thread.start()
         try:
