@@ -305,6 +305,10 @@ def as_config(**settings: Any) -> Ask:
     return Ask(settings={"generation_config": GenerationConfig(**settings)}, drop=("max_new_tokens", "do_sample"))
 
 
+def beside_padding(**settings: Any) -> tuple[Ask, Ask]:
+    return Ask(batch=whole_row(), settings=settings), Ask(batch=padded(whole_row(), 5, PAD), settings=settings)
+
+
 SAME: dict[str, tuple[Ask, Ask]] = {
     "a copy of the model": (Ask(), Ask()),
     "another name": (Ask(), Ask(edited(lambda model: setattr(model.config, "_name_or_path", "somewhere/else")))),
@@ -359,6 +363,13 @@ SAME: dict[str, tuple[Ask, Ask]] = {
     "seed without sampling": (Ask(), Ask(seed=9)),
     "inference_mode": (Ask(), Ask(around=torch.inference_mode)),
     "a compiled wrapper": (Ask(), Ask(lambda: torch.compile(build("llama"), backend="eager"))),
+    "min_new_tokens beside padding": beside_padding(eos_token_id=MANY_ENDS, min_new_tokens=4),
+    "a growing penalty beside padding": beside_padding(
+        eos_token_id=MANY_ENDS, exponential_decay_length_penalty=(2, 1.5), max_new_tokens=9
+    ),
+    "a forced end beside padding": beside_padding(forced_eos_token_id=9),
+    "a suppressed beginning beside padding": beside_padding(begin_suppress_tokens=list(range(3, 90))),
+    "an explicit end of the pad's id beside padding": beside_padding(pad_token_id=EOS, eos_token_id=EOS),
     "a repetition penalty beside padding": (
         Ask(batch=whole_row(), settings={"repetition_penalty": 1.5}),
         Ask(batch=padded(whole_row(), 4, PAD), settings={"repetition_penalty": 1.5}),

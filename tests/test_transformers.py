@@ -144,6 +144,27 @@ def test_int32_prompts_come_back_as_the_engine_returns_them(tmp_path: Path) -> N
         assert told.hits == 4
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
+def test_masks_of_every_kind_come_back_as_the_bare_model_answers(name: str, tmp_path: Path) -> None:
+    model, batch = build(name), prompts(6, 9)
+    mask = torch.ones(6, 9, dtype=torch.long)
+    mask[1, 6:] = 0  # padded after, as no decoder should be
+    mask[2, 3:5] = 0  # a hole
+    mask[3, :2], mask[3, 5] = 0, 0
+    mask[4, :4], mask[4, 8] = 0, 0
+    mask[5] = 0  # nothing at all
+    rows = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    shorter = {key: value[:, 1:] for key, value in take(rows, [3, 4]).items()}
+    bare = [ask(model, one, do_sample=False) for one in (rows, shorter, take(rows, [5, 4, 3, 2, 1, 0]))]
+    for _ in range(2):
+        with served(tmp_path) as here:
+            for one, expected in zip((rows, shorter, take(rows, [5, 4, 3, 2, 1, 0])), bare, strict=True):
+                output, told = here.ask(ask, model, one, do_sample=False)
+                assert_same(list(expected), list(output))
+                assert not told.uncacheable
+    assert told == Told(6, 0, 0, {})
+
+
 # --- edits between and during calls ---------------------------------------------------------------------------------------
 
 
