@@ -119,7 +119,8 @@ def main() -> None:
         if any(one["outputs"] != kinds[0]["outputs"] for one in kinds):
             raise SystemExit("outputs differ between bare, cold and warm")
     if any(one["misses"] for one in runs["warm"]) or any(one["hits"] for one in runs["cold"]):
-        raise SystemExit("the cold run hit, or the warm run missed")
+        hits = {kind: [(one.get("hits"), one.get("misses")) for one in runs[kind]] for kind in runs}
+        raise SystemExit(f"the cold run hit, or the warm run missed: (hits, misses) {hits}")
 
     def median(kind: str, name: str) -> float:
         return statistics.median(one[name] for one in runs[kind])
@@ -135,11 +136,11 @@ def main() -> None:
     report.add("cold_extra_mib", statistics.median(cold["peak_mib"] - bare["peak_mib"] for bare, cold, _ in pairs))
     for name in sorted({name for one in runs["cold"] for name in one["overhead"]}):
         report.add(f"cold_overhead_{name}_s", statistics.median(one["overhead"].get(name, 0.0) for one in runs["cold"]))
-    # The fingerprint and the probe are paid once a process; what each call pays is the rest.
-    each = [sum(s for name, s in one["overhead"].items() if name != "fingerprint") / one["spent_s"] for one in runs["cold"]]
+    once = ("fingerprint", "probe")
+    each = [sum(s for name, s in one["overhead"].items() if name not in once) / one["spent_s"] for one in runs["cold"]]
     whole = [sum(one["overhead"].values()) / one["spent_s"] for one in runs["cold"]]
-    report.add("cold_overhead_whole_share", statistics.median(whole))
-    report.target("cold_overhead_share_of_compute", statistics.median(each), "<=", 0.01)
+    report.add("cold_overhead_each_call_share", statistics.median(each))
+    report.target("cold_overhead_share_of_compute", statistics.median(whole), "<=", 0.01)
     report.write(options.json)
 
 

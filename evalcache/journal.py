@@ -102,7 +102,7 @@ class Overhead:
     seconds: Mapping[str, float]
 
 
-OVERHEAD_KINDS = ("fingerprint", "checks", "keys", "lookup", "decode", "write", "sync")
+OVERHEAD_KINDS = ("fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync")
 
 Event = RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead
 _EVENTS: dict[str, type[Event]] = {

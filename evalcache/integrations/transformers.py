@@ -305,7 +305,7 @@ class Seam:
                 began = time.perf_counter()
                 with _quiet_logs():
                     found = probe(inner, functools.partial(original))
-                self.cache.counts.overhead["checks"] += time.perf_counter() - began
+                self.cache.counts.overhead["probe"] += time.perf_counter() - began
                 self.cache.put_object(name, encode_canonical([found.rows, found.left, found.right, found.draws]))
             self._traits[name] = found
         return found
