@@ -32,7 +32,7 @@ _NEVER = frozenset(
     "_require_grads_hook _require_grads_hooks hf_device_map _hf_hook _old_forward hf_quantizer quantization_method is_quantized "
     "is_loaded_in_4bit is_loaded_in_8bit warnings_issued "
     "model_tags _hf_peft_config_loaded peft_config generation_config _compiled_call_impl _output_capturing_hooks_installed "
-    "_is_torch_compile "
+    "_is_torch_compile _use_kernels "
     "_previous_max_cache_length _is_torch_compile _weight_conversions".split()
 )
 _NEVER_IN_CONFIG = frozenset(
@@ -96,7 +96,7 @@ class AttributeEncoder:
         return self._digest(fast, others)
 
     def _digest(self, fast: tuple[Any, ...], others: dict[str, Any]) -> Digest:
-        plain = {fast[i]: [fast[i + 1].__name__, fast[i + 2]] for i in range(0, len(fast), 3)}
+        plain = {fast[i]: [fast[i + 1].__name__, _exact(fast[i + 2])] for i in range(0, len(fast), 3)}
         return digest_canonical([plain, others])
 
     def config_digests(self) -> dict[str, Digest]:
@@ -127,9 +127,10 @@ class AttributeEncoder:
                 chosen = vars(config).get(name)
                 self.kernels.update([chosen] if isinstance(chosen, str) else chosen.values() if isinstance(chosen, dict) else ())
             values = {
-                name: self.encode(value, f"{path}.{name}")
+                name: self.encode(str(value).removeprefix("torch.") if name == "dtype" else value, f"{path}.{name}")
                 for name, value in sorted(vars(config).items())
-                if name not in _NEVER_IN_CONFIG
+                # Loading repeats the class's own model type in the instance.
+                if name not in _NEVER_IN_CONFIG and not (name == "model_type" and value == type(config).model_type)
             }
         finally:
             self._inside.discard(id(config))
@@ -167,6 +168,10 @@ class AttributeEncoder:
 
 
 _known: dict[tuple[Any, ...], Digest] = {}
+
+
+def _exact(value: Any) -> Any:
+    return constant_value(value) if type(value) is int else value
 
 
 def _is_ours_or_instance_method(module: Any, name: str, value: Any) -> bool:

@@ -93,7 +93,7 @@ def is_library_class(cls: type) -> bool:
     file = getattr(module, "__file__", None)
     if file:
         return library_of(file) is not None
-    # A class without a file is compiled in, on its own or within a package; one whose module is gone or is a prompt is the user's.
+    # A class without a file is compiled in, on its own or within a package; if its module is gone or a prompt, it is the user's.
     if cls.__module__ in sys.builtin_module_names:
         return True
     package, _, inside = cls.__module__.partition(".")

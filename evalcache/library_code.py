@@ -50,6 +50,10 @@ _TRANSFORMERS_NAMESPACES = [
 # Imported functions are followed into these packages: the others' insides are covered by their versions.
 _FOLLOWED = ("transformers.", "torch.nn.", "peft.tuners.")
 _FUNCTION = "__code__", "__defaults__", "__kwdefaults__"
+# What torch.compile and transformers put into this class while a process runs; none of it runs in a forward.
+_NOT_IN_A_FORWARD = {
+    "torch.nn.modules.module.Module": frozenset({"__init__", "__setstate__", "___needs_generation_tag_patch", "smart_apply"})
+}
 _STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 
 _code, _defaults, _keywords = (operator.attrgetter(name) for name in _FUNCTION)
@@ -195,11 +199,13 @@ class LibraryCode:
         """Hash what a module or class holds; refuse what is a user's."""
         is_class = isinstance(owner, type)
         space = vars(owner)
-        state = frozenset() if is_class else _rebound(owner)
+        state = _NOT_IN_A_FORWARD.get(where, frozenset()) if is_class else _rebound(owner)
         parts = []
         for name, value in list(space.items()):
             if name in CLASS_NOISE or name == "_global_mapping" or (not is_class and name.startswith("__")):
                 continue  # a table of kernels is looked at where one is chosen
+            if is_class and name in state:
+                continue
             content = self._value(value, f"{where}.{name}", is_class=is_class, name=name)
             if content is not None and name not in state:
                 parts.append([name, content])

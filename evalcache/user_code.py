@@ -221,7 +221,9 @@ def _is_kernel_table(value: Any) -> bool:
 def _is_plain_object(kind: type) -> bool:
     """Whether an object of this class is what its ``__dict__`` says: every class of it was written in Python, without slots."""
     bases = [base for base in kind.__mro__ if base is not object]
-    return all(base.__flags__ & _HEAP_TYPE and not base.__dict__.get("__slots__") and _has_source(base) for base in bases)
+    return bool(bases) and all(
+        base.__flags__ & _HEAP_TYPE and not base.__dict__.get("__slots__") and _has_source(base) for base in bases
+    )
 
 
 def _has_source(cls: type) -> bool:
