@@ -1,4 +1,4 @@
-"""A call of ``generate`` → Requests, and Results → what ``generate`` returns. Runs no model.
+"""A call of ``generate`` → Requests. Runs no model.
 
 A call is resolved as the engine itself resolves it (its own methods are asked), so settings that are given in another way but
 have the same effect share a key. Each row is a Request of its own where rows do not depend on each other; the whole batch is
@@ -19,44 +19,12 @@ import torch
 from evalcache.canonical import digest_canonical
 from evalcache.digest import digest_bytes
 from evalcache.errors import CanonicalError, UncacheableError
+from evalcache.integrations.generators import generator_states
 from evalcache.integrations.processors import describe_criteria, describe_processors, tokenizer_digest
-from evalcache.records import Array, Fields, Request, Result, pack_tokens, unpack_tokens
+from evalcache.integrations.settings import effective_settings, fill_id, reads_padding
+from evalcache.records import Fields, Request, pack_tokens
 from evalcache.weights import tensor_bytes
 
-# Settings that choose the form of what comes back, or speed, and never a token.
-_NEUTRAL = frozenset(
-    "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate transformers_version "
-    "_from_model_config compile_config disable_compile max_length min_length max_new_tokens min_new_tokens is_assistant "
-    "continuous_batching_config bos_token_id low_memory".split()
-)
-_ONLY_SAMPLING = frozenset("temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff top_h".split())
-_ONLY_BEAMS = frozenset("length_penalty early_stopping num_beam_groups diversity_penalty".split())
-_ONLY_ASSISTED = frozenset(
-    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind "
-    "assistant_ensemble_weight speculation_type max_matching_ngram_size".split()
-)
-_REFUSED = {
-    "prompt_lookup_num_tokens": "assistant",
-    "assistant_early_exit": "assistant",
-    "use_mtp": "assistant",
-    "max_time": "max_time",
-}
-# Settings whose processors look at padding of the prompt, or of the encoder's input: values at which they do nothing.
-_DECODER_SENSITIVE: dict[str, tuple[Any, ...]] = {
-    "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "forced_bos_token_id": (None,),  # acts on prompts of width 1 only
-}
-_ENCODER_SENSITIVE: dict[str, tuple[Any, ...]] = {
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-}
-_ALWAYS_SENSITIVE: dict[str, tuple[Any, ...]] = {
-    "watermarking_config": (None,),
-    "guidance_scale": (None, 1, 1.0),
-}
-_COMPILES = frozenset({"compile_config", "disable_compile"})
 _ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask".split())
 _ALONG_PROMPT = frozenset({"position_ids", "token_type_ids"})
 _BATCH_TENSORS = frozenset(
@@ -64,7 +32,6 @@ _BATCH_TENSORS = frozenset(
     "input_values encoder_attention_mask cross_attention_mask aspect_ratio_ids aspect_ratio_mask mm_token_type_ids".split()
 )
 _PLAIN_ARGUMENTS = frozenset({"use_cache", "logits_to_keep", "return_dict"})
-_MODES = frozenset({"greedy_search", "sample", "beam_search", "beam_sample"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +162,7 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
         input_ids_length=prefix.shape[1],
         inputs_tensor=ids,
     )
-    settings = _settings(config, prefix.shape[1], encoder_decoder)
-    mode = str(getattr(config.get_generation_mode(None), "value", ""))
-    if mode not in _MODES:
-        raise UncacheableError("unsupported", f"generation mode {mode}")
+    settings = effective_settings(config, prefix.shape[1], encoder_decoder)
     settings["processors"], settings["criteria"] = processors, criteria
     if config.stop_strings is not None:
         settings["tokenizer"] = tokenizer_digest(tokenizer)
@@ -211,9 +175,7 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     # A caller's criteria take the place of the end ids, and a processor may hold a tensor with a line for each row.
     whole = samples or scores or bool(batch_tensors or processors or criteria)
     whole = whole or (ids.shape[0] > 1 and (config.stop_strings is not None or not traits.rows))
-    # Despite their names, the encoder's settings act on a decoder's prompt too.
-    watched = _ALWAYS_SENSITIVE | _ENCODER_SENSITIVE | ({} if encoder_decoder else _DECODER_SENSITIVE)
-    sensitive = any(settings.get(name) not in neutral for name, neutral in watched.items() if name in settings)
+    sensitive = reads_padding(settings, encoder_decoder)
     call = Call(
         arguments=arguments,
         ids=ids,
@@ -224,7 +186,7 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
         requests=[],
         returned=int(config.num_return_sequences or 1),
         end_ids=frozenset(() if ends is None else ends.tolist()),
-        fill_id=_fill_id(config),
+        fill_id=fill_id(config),
         row_tensors=row_tensors,
         config=config,
         encoder_decoder=encoder_decoder,
@@ -289,65 +251,6 @@ def _sort_arguments(others: Mapping[str, Any], shape: torch.Size) -> tuple[dict,
     return row_tensors, batch_tensors, plain
 
 
-def _settings(config: Any, prefix_length: int, encoder_decoder: bool) -> dict[str, Any]:
-    """The effective settings: resolved, inactive ones dropped, lengths as numbers of new tokens."""
-    if not type(config).__module__.startswith("transformers."):
-        raise UncacheableError("argument", f"generation_config of type {type(config).__name__}")
-    neutral = _NEUTRAL
-    if "static" in str(config.cache_implementation):
-        neutral = _NEUTRAL - _COMPILES  # a static cache makes the engine compile the model, where the device is one for it
-    values = {name: value for name, value in config.to_dict().items() if value is not None and name not in neutral}
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
-    for name, reason in _REFUSED.items():
-        if values.get(name):
-            raise UncacheableError(reason, name)
-    if config.output_attentions or config.output_hidden_states:
-        raise UncacheableError("output", "attentions or hidden states")
-    if values.get("cache_implementation") == "paged" or values.get("token_healing"):
-        raise UncacheableError("unsupported", "paged cache or token healing")
-    inactive = set(_ONLY_ASSISTED)
-    if not config.do_sample:
-        inactive |= _ONLY_SAMPLING
-    if (config.num_beams or 1) == 1:
-        inactive |= _ONLY_BEAMS
-    if not encoder_decoder:
-        inactive |= {"decoder_start_token_id"}
-    for name in inactive:
-        values.pop(name, None)
-    if isinstance(values.get("stop_strings"), str):
-        values["stop_strings"] = [values["stop_strings"]]
-    values["max_new_tokens"] = config.max_length - prefix_length
-    values["min_new_tokens"] = max(0, (config.min_length or 0) - prefix_length)
-    ends = values.pop("eos_token_id", None)
-    values["end_ids"] = [] if ends is None else sorted({ends} if isinstance(ends, int) else set(ends))
-    values.pop("pad_token_id", None)
-    pad = config._pad_token_tensor
-    values["pad_id"] = None if pad is None else int(pad.reshape(-1)[0])
-    return {name: _canonical(value) for name, value in values.items()}
-
-
-def _fill_id(config: Any) -> int:
-    """What the engine puts after the end of a row that is shorter than its neighbours."""
-    pad, ends = config._pad_token_tensor, config._eos_token_tensor
-    pad_id = 0 if pad is None else int(pad.reshape(-1)[0])
-    if (config.num_beams or 1) == 1:
-        return pad_id
-    # As beam search has it: an id of 0 counts as none.
-    return -1 if ends is None else pad_id or int(ends[0])
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
-    if isinstance(value, dict):
-        if all(type(key) is str for key in value):
-            return {key: _canonical(item) for key, item in value.items()}
-        return sorted(([_canonical(key), _canonical(item)] for key, item in value.items()), key=repr)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    return value
-
-
 def _row_requests(call: Call, settings: Fields, traits: Traits, sensitive: bool) -> list[Request]:
     ids, mask = call.ids.cpu().numpy(), call.mask.cpu().numpy() != 0
     width = ids.shape[1]
@@ -389,21 +292,6 @@ def _batch_request(call: Call, settings: Fields, batch_tensors: Mapping[str, tor
     return Request("generate_batch", inputs["ids"], settings, inputs)
 
 
-def generator_states(device: torch.device) -> list[torch.Tensor]:
-    """States of the generators that sampling on ``device`` draws from: the host's, and the device's own. ``(n,) uint8`` each."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def restore_generators(states: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Set the generators to the states that followed a stored sample, so that later draws go on as they would have."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 def select_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
     """Arguments of the same call for some of its rows, at the caller's padded width: never re-padded."""
     if list(rows) == list(range(call.rows)):
@@ -415,105 +303,6 @@ def select_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             chosen[name] = value.index_select(0, index.to(value.device))
     return chosen
-
-
-def row_results(call: Call, output: Any, rows: int) -> list[Result]:
-    """What ``generate`` returned for ``rows`` rows, as one Result each: tokens up to the row's own end."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    new = sequences[:, call.prefix.shape[1] :].cpu().numpy()
-    results = []
-    for row in range(rows):
-        mine = [_until_end(call, new[row * call.returned + number], rows) for number in range(call.returned)]
-        reason = "stop" if call.end_ids and len(mine[0]) and int(mine[0][-1]) in call.end_ids else "length"
-        scalars: dict[str, Any] = {}
-        if call.returned > 1:
-            scalars["sequences"] = [pack_tokens(tokens) for tokens in mine[1:]]
-        results.append(Result(tokens=pack_tokens(mine[0]), finish_reason=reason, scalars=scalars))
-    return results
-
-
-def _until_end(call: Call, tokens: Any, rows: int) -> Any:
-    # What follows a row's end is padding, as long as its longest neighbour: not the row's own.
-    for place, token in enumerate(tokens.tolist()):
-        if token in call.end_ids:
-            return tokens[: place + 1]
-    return tokens
-
-
-def assemble_rows(call: Call, results: Sequence[Result]) -> Any:
-    """What ``generate`` would have returned for these rows: padded again to the longest of them."""
-    rows = []
-    for result in results:
-        rows.append(unpack_tokens(result.tokens))
-        rows += [unpack_tokens(more) for more in result.scalars.get("sequences", ())]
-    longest = max(len(row) for row in rows)
-    # The engine appends int64 ids to what it was given.
-    new = torch.full((len(rows), longest), call.fill_id, dtype=torch.promote_types(call.prefix.dtype, torch.int64))
-    for place, row in enumerate(rows):
-        new[place, : len(row)] = torch.from_numpy(row.astype("int64"))
-    prefix = call.prefix if call.returned == 1 else call.prefix.repeat_interleave(call.returned, dim=0)
-    sequences = torch.cat([prefix, new.to(prefix.device)], dim=1)
-    return _output(call, {"sequences": sequences}) if call.config.return_dict_in_generate else sequences
-
-
-def batch_result(call: Call, output: Any) -> Result:
-    """A whole batch's output as one Result; for samples, with the states of the generators that followed.
-
-    Raises:
-        UncacheableError: ``output``, it holds something that is not stored.
-    """
-    parts: dict[str, torch.Tensor] = {}
-    if isinstance(output, torch.Tensor):
-        parts["sequences"] = output
-    else:
-        for name, value in output.items():
-            if name == "past_key_values" or value is None:
-                continue
-            if isinstance(value, torch.Tensor):
-                parts[name] = value
-            elif isinstance(value, tuple) and name in ("scores", "logits"):
-                parts[name] = torch.stack(value)
-            else:
-                raise UncacheableError("output", name)
-    arrays = {name: to_array(tensor) for name, tensor in parts.items()}
-    if call.samples:
-        arrays |= {f"generator.{place}": to_array(state) for place, state in enumerate(generator_states(call.ids.device))}
-    new = parts["sequences"][:, call.prefix.shape[1] :]
-    return Result(tokens=pack_tokens(new.cpu().numpy().reshape(-1)), arrays=arrays)
-
-
-def assemble_batch(call: Call, result: Result) -> Any:
-    """What ``generate`` returned for a stored batch; sets the generators to what followed."""
-    device = call.ids.device
-    tensors = {name: to_tensor(array) for name, array in result.arrays.items()}
-    states = [tensors[name] for name in sorted(tensors) if name.startswith("generator.")]
-    if states:
-        restore_generators(states, device)
-    values: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items() if not name.startswith("generator.")}
-    if not call.config.return_dict_in_generate:
-        return values["sequences"]
-    for name in ("scores", "logits"):
-        if name in values:
-            values[name] = tuple(values[name].unbind(0))
-    return _output(call, values)
-
-
-def _output(call: Call, values: dict[str, Any]) -> Any:
-    from transformers.generation import utils
-
-    beams = (call.config.num_beams or 1) > 1
-    kind = f"Generate{'Beam' if beams else ''}{'EncoderDecoder' if call.encoder_decoder else 'DecoderOnly'}Output"
-    return getattr(utils, kind)(**values)
-
-
-def to_array(tensor: torch.Tensor) -> Array:
-    """A tensor as it is stored."""
-    return Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), bytes(tensor_bytes(tensor)))
-
-
-def to_tensor(array: Array) -> torch.Tensor:
-    """The tensor that `to_array` stored, in host memory."""
-    return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(getattr(torch, array.dtype)).reshape(array.shape)
 
 
 def batch_digest(call: Call) -> bytes:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from evalcache.integrations.generation import Traits, generator_states, restore_generators
+from evalcache.integrations.generation import Traits
+from evalcache.integrations.generators import generator_states, restore_generators
 
 _BATCH_ROPES = frozenset({"dynamic", "longrope"})
 # Recurrent ones, experts with a capacity, and attention over blocks, which are cut by padded position.

@@ -23,7 +23,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
 from evalcache.errors import EvalCacheError, UncacheableError
-from evalcache.integrations import generation, lazy
+from evalcache.integrations import generation, lazy, outputs
 from evalcache.integrations.generation import Call, Traits
 from evalcache.integrations.probe import probe
 from evalcache.integrations.timing import measured, share
@@ -264,7 +264,7 @@ class Seam:
             return computed[0][1]  # everything was computed: what the engine returned, untouched
         if not computed:
             told.repeat()
-        return generation.assemble_batch(call, results[0]) if call.whole else generation.assemble_rows(call, results)
+        return outputs.assemble_batch(call, results[0]) if call.whole else outputs.assemble_rows(call, results)
 
     def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: Sequence[int]) -> tuple[Any, list[Result]]:
         device = call.ids.device
@@ -274,13 +274,13 @@ class Seam:
         name = device_name(device.type)
         if call.whole:
             try:
-                result = generation.batch_result(call, output)
+                result = outputs.batch_result(call, output)
             except UncacheableError as error:
                 raise _Unstorable(output, error) from error
             made = len(result.tokens) // 4
             cost = share(watch, [int(call.mask.sum())], [made], name)[0]
             return output, [_with_cost(result, cost, call.rows)]
-        results = generation.row_results(call, output, len(missing))
+        results = outputs.row_results(call, output, len(missing))
         prompts = [int(call.mask[row].sum()) for row in missing]
         costs = share(watch, prompts, [len(result.tokens) // 4 for result in results], name)
         return output, [_with_cost(result, cost, len(missing)) for result, cost in zip(results, costs, strict=True)]
