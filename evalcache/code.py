@@ -192,6 +192,11 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def keyed_name(cls: type) -> str:
+    """Dotted name of a library's class; a user's without its module, which may be a path or a commit (remote code's is)."""
+    return class_name(cls) if is_library_class(cls) else cls.__qualname__
+
+
 def builtin_name(value: Any) -> list[str]:
     """What a compiled callable or descriptor is known by."""
     owner = getattr(value, "__objclass__", None)

@@ -8,13 +8,12 @@ by identity; `guard` compares, and what was rebound since is hashed afresh.
 from __future__ import annotations
 
 import contextlib
-import dis
 import enum
 import functools
 import operator
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evalcache.canonical import digest_canonical, encode_trusted
@@ -33,6 +32,15 @@ from evalcache.code import (
 )
 from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import FingerprintError
+from evalcache.namespaces import (
+    Space,
+    all_are,
+    is_same_content,
+    is_table,
+    operator_implementations,
+    plain_value,
+    rebound_names,
+)
 
 # Namespaces that every module's forward may reach without importing a function from them.
 _TORCH_NAMESPACES = (
@@ -54,7 +62,6 @@ _FUNCTION = "__code__", "__defaults__", "__kwdefaults__"
 _NOT_IN_A_FORWARD = {
     "torch.nn.modules.module.Module": frozenset({"__init__", "__setstate__", "___needs_generation_tag_patch", "smart_apply"})
 }
-_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 
 _code, _defaults, _keywords = (operator.attrgetter(name) for name in _FUNCTION)
 
@@ -67,7 +74,7 @@ class LibraryCode:
 
     def __init__(self) -> None:
         self._code_digests: dict[int, tuple[types.CodeType, bytes]] = {}
-        self._implementations = _operator_implementations()
+        self._implementations = operator_implementations()
         self._forget()
 
     def _forget(self) -> None:
@@ -76,7 +83,7 @@ class LibraryCode:
         self._classes: dict[str, Digest] = {}
         self._function_digests: dict[int, Digest] = {}
         self._modules: dict[str, tuple[Digest, frozenset[str]]] = {}
-        self._spaces: list[_Space] = []
+        self._spaces: list[Space] = []
         self._mutable: list[tuple[Any, list[Any] | None, list[Any]]] = []
         self._functions: dict[int, types.FunctionType] = {}
         self._codes: list[Any] = []
@@ -94,15 +101,15 @@ class LibraryCode:
         Raises:
             FingerprintError: ``patched``, an operator of torch itself was given another implementation.
         """
-        if added := _operator_implementations() - self._implementations:
+        if added := operator_implementations() - self._implementations:
             raise FingerprintError("", f"implementation of its own for {', '.join(sorted(added)[:3])}", "patched")
         same = (
             all(space.is_same() for space in self._spaces)
-            and _all_are(map(_code, self._functions.values()), self._codes)
-            and _all_are(map(_defaults, self._functions.values()), self._all_defaults)
-            and _all_are(map(_keywords, self._keyword_functions), self._all_keywords)
+            and all_are(map(_code, self._functions.values()), self._codes)
+            and all_are(map(_defaults, self._functions.values()), self._all_defaults)
+            and all_are(map(_keywords, self._keyword_functions), self._all_keywords)
             and all(cell_value(cell) is value for cell, value in self._cells)
-            and all(_is_same_content(*known) for known in self._mutable)
+            and all(is_same_content(*known) for known in self._mutable)
         )
         if not same:
             self._forget()
@@ -199,7 +206,7 @@ class LibraryCode:
         """Hash what a module or class holds; refuse what is a user's."""
         is_class = isinstance(owner, type)
         space = vars(owner)
-        state = _NOT_IN_A_FORWARD.get(where, frozenset()) if is_class else _rebound(owner)
+        state = _NOT_IN_A_FORWARD.get(where, frozenset()) if is_class else rebound_names(owner)
         parts = []
         for name, value in list(space.items()):
             if name in CLASS_NOISE or name == "_global_mapping" or (not is_class and name.startswith("__")):
@@ -209,7 +216,7 @@ class LibraryCode:
             content = self._value(value, f"{where}.{name}", is_class=is_class, name=name)
             if content is not None and name not in state:
                 parts.append([name, content])
-        self._spaces.append(_Space(space, state))
+        self._spaces.append(Space(space, state))
         return sorted(parts, key=operator.itemgetter(0))
 
     def _value(self, value: Any, where: str, *, is_class: bool = False, name: str = "") -> Any:
@@ -222,8 +229,8 @@ class LibraryCode:
         if isinstance(value, property):
             return ["property", *[self._value(part, where) for part in (value.fget, value.fset, value.fdel)]]
         if isinstance(value, (functools.partial, functools.partialmethod)):
-            bound = [[key, _plain(item)] for key, item in sorted(value.keywords.items())]
-            return ["partial", self._value(value.func, where), [_plain(item) for item in value.args], bound]
+            bound = [[key, plain_value(item)] for key, item in sorted(value.keywords.items())]
+            return ["partial", self._value(value.func, where), [plain_value(item) for item in value.args], bound]
         if isinstance(value, functools.cached_property):
             return ["cached", self._value(value.func, where)]
         if isinstance(value, types.ModuleType):
@@ -249,13 +256,13 @@ class LibraryCode:
             text = getattr(value, "code", None)
             name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
             return ["object", class_name(type(value)), str(name or ""), text if isinstance(text, str) else "", sorted(held)]
-        if isinstance(value, (Mapping, list, set)) and (is_class or _is_table(name, value)):
+        if isinstance(value, (Mapping, list, set)) and (is_class or is_table(name, value)):
             content = self._contents(value, where)
             self._watch(value)
             return content
         # A module's texts are paths, ids of the process and messages as often as constants; a class's are what it is set up with.
         plain = (bool, int, float, str, bytes, tuple, frozenset) if is_class else (bool, int, float)
-        return _plain(value) if isinstance(value, plain) else None
+        return plain_value(value) if isinstance(value, plain) else None
 
     def _watch(self, value: Any) -> None:
         """Remember what a container holds, and the containers in it."""
@@ -269,12 +276,12 @@ class LibraryCode:
     def _contents(self, value: Any, where: str = "") -> Any:
         """Plain items of a container, and the functions and classes in it."""
         if not isinstance(value, Mapping):
-            return _plain(value)
+            return plain_value(value)
         found = []
         for key, item in value.items():
-            told = class_name(key) if isinstance(key, type) else str(key) if isinstance(key, (str, enum.Enum)) else _plain(key)
-            inside = self._function(item, where) if isinstance(item, types.FunctionType) else _plain(item)
-            found.append([told, class_name(item) if isinstance(item, type) else inside])
+            name = str(key) if isinstance(key, (str, enum.Enum)) else plain_value(key)
+            inside = self._function(item, where) if isinstance(item, types.FunctionType) else plain_value(item)
+            found.append([class_name(one) if isinstance(one, type) else told for one, told in ((key, name), (item, inside))])
         return found
 
     def _function(self, function: types.FunctionType, where: str) -> bytes:
@@ -299,8 +306,8 @@ class LibraryCode:
             inside = cell_value(cell)
             self._cells.append((cell, inside))
             cells.append(self._cell(inside, where))
-        keywords = [[name, _plain(value)] for name, value in sorted((function.__kwdefaults__ or {}).items())]
-        defaults = [_plain(value) for value in function.__defaults__ or ()]
+        keywords = [[name, plain_value(value)] for name, value in sorted((function.__kwdefaults__ or {}).items())]
+        defaults = [plain_value(value) for value in function.__defaults__ or ()]
         found = digest_canonical([origin, self._code_digest(function.__code__), defaults, keywords, cells])
         self._function_digests[id(function)] = found
         return found.value
@@ -311,7 +318,7 @@ class LibraryCode:
             return ["class", class_name(value)]
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)):
             return self._value(value, where)
-        plain = _plain(value)
+        plain = plain_value(value)
         return plain if plain is not None or value is None else ["object", class_name(type(value))]
 
     def _code_digest(self, code: types.CodeType) -> bytes:
@@ -322,49 +329,8 @@ class LibraryCode:
         return found[1]
 
 
-class _Space:
-    """The namespace of a module or class as it was: which object stood behind which name."""
-
-    __slots__ = ("_every", "_names", "_space", "_state")
-
-    def __init__(self, space: Any, state: frozenset[str]) -> None:
-        self._space = space
-        self._state = state  # names that its own functions rebind while they run
-        self._names = [*space]
-        self._every = [*space.values()]
-
-    def is_same(self) -> bool:
-        """Whether nothing but state was rebound, added or deleted."""
-        space = self._space
-        if [*space] != self._names:
-            return False
-        if _all_are(space.values(), self._every):
-            return True
-        known = zip(self._names, self._every, strict=True)
-        if not self._state or any(space[name] is not value for name, value in known if name not in self._state):
-            return False
-        self._every = [*space.values()]
-        return True
-
-
-def _is_same_content(value: Any, keys: list[Any] | None, inside: list[Any]) -> bool:
-    if keys is not None:
-        return [*value] == keys and _all_are(value.values(), inside)
-    return len(value) == len(inside) and _all_are(value, inside)
-
-
-def _all_are(left: Any, right: Any) -> bool:
-    return all(map(operator.is_, left, right))
-
-
 def _replaced(where: str, cls: type) -> FingerprintError:
     return FingerprintError("", f"{where} was replaced by {class_name(cls)}", "patched")
-
-
-def _is_table(name: str, value: Any) -> bool:
-    """Whether a module's container is a constant table of functions or classes, by convention; others are its state."""
-    inside = value.values() if isinstance(value, Mapping) else value
-    return name.isupper() and name[0] != "_" and any(isinstance(item, (types.FunctionType, type)) for item in inside)
 
 
 def _is_users(cls: type) -> bool:
@@ -384,46 +350,3 @@ def _homes(module: types.ModuleType) -> Iterator[str]:
             home = value.__globals__.get("__name__")
             if isinstance(home, str) and home.startswith(_FOLLOWED):
                 yield home
-
-
-def _rebound(module: types.ModuleType) -> frozenset[str]:
-    """Globals that a module's own functions rebind: its state, not its code."""
-    found: set[str] = set()
-    for value in vars(module).values():
-        code = getattr(value, "__code__", None)
-        if isinstance(code, types.CodeType) and _STORE_GLOBAL in code.co_code[::2]:
-            found.update(one.argval for one in dis.get_instructions(code) if one.opcode == _STORE_GLOBAL)
-    return frozenset(found)
-
-
-_counted: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
-
-
-def _operator_implementations() -> frozenset[str]:
-    """Kernels that Python code registered for torch's own operators; those for shapes only compute nothing."""
-    global _counted
-    library = sys.modules.get("torch.library")
-    names = getattr(library, "_impls", frozenset())
-    if names != _counted[0]:
-        _counted = frozenset(names), _for_torch(names)
-    return _counted[1]
-
-
-def _for_torch(names: Iterable[str]) -> frozenset[str]:
-    return frozenset(name for name in names if name.startswith("aten/") and not name.endswith("/Meta"))
-
-
-def _plain(value: Any) -> Any:
-    """A library constant as a canonical value; None where it is an object, which the library's version covers."""
-    kind = type(value)
-    if kind in (bool, float, str, bytes):
-        return value
-    if kind is int:
-        return value if -(1 << 63) <= value < 1 << 63 else str(value)
-    if kind in (tuple, list):
-        return [_plain(item) for item in value]
-    if kind in (set, frozenset):
-        return sorted(item for item in value if type(item) is str)
-    if kind is dict:
-        return {key: _plain(item) for key, item in value.items() if type(key) is str}
-    return None

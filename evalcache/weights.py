@@ -12,63 +12,41 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import sys
+import threading
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 
-from evalcache.adapters import acting_adapters, adapted_model, adapter_state, is_adapted_layer, is_peft_model
+from evalcache.adapters import acting_adapters, adapter_state, is_adapted_layer, is_peft_model
 from evalcache.attributes import AttributeEncoder
 from evalcache.canonical import digest_canonical
-from evalcache.code import class_name, is_library_class, origin_of, unwrap_ours
+from evalcache.code import is_library_class, keyed_name, origin_of
 from evalcache.device_sums import device_sums
 from evalcache.digest import Digest
 from evalcache.errors import FingerprintError
 from evalcache.interception import refuse_hooks, refuse_interception, refuse_wrapper
+from evalcache.kernels import kernel_tables
 from evalcache.library_code import LibraryCode
 from evalcache.manifest import Manifest, ModuleRecord, TensorRecord
 from evalcache.tensors import hash_tensor, is_readable, module_tensors, owned_tensors, special_record, tensor_bytes
 from evalcache.user_code import UserCode
+from evalcache.wrappers import unwrap, unwrapped
 
 __all__ = ["Fingerprinter", "fingerprint", "library_digests", "tensor_bytes", "unwrap"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while tensors are hashed."""
 
-# Wrappers that change where a model runs, not what it computes: class name → attribute with the wrapped model.
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _PARALLEL_FROM_BYTES = 32 << 20
 _PENDING = ModuleRecord(Digest(bytes(16)), "")
 
-_TABLES = (
-    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
-    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
-    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"),
-)
-
 _library = LibraryCode()
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside compiled and data-parallel wrappers, and inside a PEFT model whose adapters sit in the layers."""
-    return _unwrapped(module)[-1]
-
-
-def _unwrapped(module: nn.Module) -> list[nn.Module]:
-    """All that is looked through, and last the model itself."""
-    found = [module]
-    while True:
-        module = found[-1]
-        wrapped = _WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
-        inner = [getattr(module, wrapped)] if wrapped else adapted_model(module) if is_peft_model(module) else []
-        if not inner:
-            return found
-        found += inner
+_scanning = threading.RLock()  # libraries are scanned once for all models, by one thread at a time
 
 
 def fingerprint(module: nn.Module, progress: Progress | None = None) -> Manifest:
@@ -97,12 +75,17 @@ def library_digests(classes: Sequence[str]) -> bytes:
         FingerprintError: something is patched or hooked, or a class is not a library's.
     """
     refuse_interception()
-    _library.guard()
+    modules = {name: importlib.import_module(name.partition(":")[0]) for name in classes}
+    with _scanning:
+        _library.guard()
+        return _library_digests(modules)
+
+
+def _library_digests(classes: Mapping[str, types.ModuleType]) -> bytes:
     parts: list[Any] = []
-    for name in classes:
-        module, _, path = name.partition(":")
-        cls: Any = importlib.import_module(module)
-        for part in path.split("."):
+    for name, module in classes.items():
+        cls: Any = module
+        for part in name.partition(":")[2].split("."):
             cls = getattr(cls, part, None)
         if not isinstance(cls, type) or not is_library_class(cls):
             raise FingerprintError("", f"{name} is no class of a library", "code")
@@ -111,7 +94,7 @@ def library_digests(classes: Sequence[str]) -> bytes:
     runtime = _library.runtime(transformers=transformers).value
     # No configuration is there yet to say which kernel it chooses: a table that somebody added to is refused.
     tables = []
-    for name, entries in _tables():
+    for name, entries in kernel_tables(_library):
         functions = [(key, one) for key, one in entries if isinstance(one, types.FunctionType)]
         for key, one in functions:
             if origin_of(one) not in ("transformers", "torch"):
@@ -136,19 +119,20 @@ class Fingerprinter:
     def manifest(self, progress: Progress | None = None) -> Manifest:
         """The manifest of the model as it is now. Raises and costs: see `fingerprint`."""
         refuse_interception()
-        _library.guard()
         walk = _Walk(self, progress)
         outer = self._module()
         if outer is None:
             raise FingerprintError("", "the model is gone")
-        *wrappers, module = _unwrapped(outer)
+        *wrappers, module = unwrapped(outer)
+        walk.hash_tensors(module)
         try:
-            for wrapper in wrappers:
-                refuse_wrapper(wrapper, module)
-                if type(wrapper).__name__ != "OptimizedModule":
-                    walk.class_code(type(wrapper), "")  # raises if it was patched
-            walk.hash_tensors(module)
-            walk.visit(module, "")
+            with _scanning:
+                _library.guard()
+                for wrapper in wrappers:
+                    refuse_wrapper(wrapper, module)
+                    if is_library_class(type(wrapper)) and type(wrapper).__name__ != "OptimizedModule":
+                        _library.digest(type(wrapper))  # raises if it was patched
+                walk.visit(module, "")
             manifest = Manifest(walk.modules, walk.encoder.config_digests())
         except RecursionError as error:
             raise FingerprintError(walk.path, "nested too deeply, or inside itself") from error
@@ -256,7 +240,7 @@ class _Walk:
         self._above.discard(id(module))
         if not path and module is self._root:
             self._add_runtime(parts)
-        return self._record(path, _class_name(cls), tensors, parts, children)
+        return self._record(path, keyed_name(cls), tensors, parts, children)
 
     def _record(self, path: str, name: str, tensors: dict, parts: dict, children: list) -> Digest:
         signature = (name, tensors, parts, children)
@@ -281,7 +265,7 @@ class _Walk:
 
     def _kernels(self) -> Digest:
         """The tables from which kernels are chosen: the library's own functions, and of foreign ones those that are chosen."""
-        found = _tables()
+        found = kernel_tables(_library)
         signature = (found, self.encoder.kernels)
         if self._owner._kernels is not None and self._owner._kernels[0] == signature:
             return self._owner._kernels[1]
@@ -334,7 +318,7 @@ class _Walk:
             else:
                 acting.append([kind, self.encoder.encode(value, path)])
         parts = {"code": code, "adapter": digest_canonical([len(names), acting])}
-        return self._record(path, _class_name(type(module)), tensors, parts, [["base_layer", base]])
+        return self._record(path, keyed_name(type(module)), tensors, parts, [["base_layer", base]])
 
     # --- code and objects ----------------------------------------------------------------------------------------------
 
@@ -400,32 +384,6 @@ class _Walk:
     @functools.cached_property
     def _places(self) -> dict[int, str]:
         return {id(module): name for name, module in self._root.named_modules()} if self._root is not None else {}
-
-
-def _tables() -> list[tuple[str, list[tuple[str, Any]]]]:
-    """The entries of transformers' tables of kernels, own and overridden ones.
-
-    A fixed list: which further tables have been met depends on what else the process has looked at.
-    """
-    found = []
-    for home, name in _TABLES:
-        table = getattr(sys.modules.get(home), name, None)
-        if table is not None:
-            entries = {**type(table)._global_mapping, **table._local_mapping}
-            found.append((name, [(key, unwrap_ours(one)) for key, one in sorted(entries.items())]))
-    # A file of a model may have a table of its own: only what a user put there counts.
-    known = {id(getattr(sys.modules.get(home), name, None)) for home, name in _TABLES}
-    for name, table in sorted(_library.interfaces.items()):
-        own = {} if id(table) in known else table._local_mapping
-        put = [(key, one) for key, one in sorted(own.items()) if isinstance(one, types.FunctionType) and origin_of(one) is None]
-        if put:
-            found.append((name, put))
-    return found
-
-
-def _class_name(cls: type) -> str:
-    # The module of user code may hold a path or a commit (remote code does); its content is in the code's digest.
-    return class_name(cls) if is_library_class(cls) else cls.__qualname__
 
 
 def _describe(module: nn.Module, adapter: str) -> dict[str, Any]:

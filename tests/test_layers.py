@@ -35,6 +35,9 @@ LEVELS = {
     "torchfile": 2.5,
     "filememo": 2.5,  # what is known of a file's content
     "code": 2.5,  # what a code object is, and whose
+    "namespaces": 2.5,  # which object stands behind which name
+    "kernels": 2.7,  # tables of kernels that anybody may add to
+    "wrappers": 2.6,  # what stands around a model
     "library_code": 2.6,  # classes and functions of installed libraries
     "user_code": 2.7,  # scripts, remote code, editable installs
     "tensors": 2.5,  # one tensor of a module → its record
@@ -75,7 +78,7 @@ DOORS = {
     "click": {"cli"},
     "diskcache": {"rows"},
     "duckdb": {"ledger"},
-    "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "weights"},
+    "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "weights", "wrappers"},
     "transformers": {"environment", "integrations"},
     "xxhash": {"digest"},
     "zstandard": {"frame"},
