@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from evalcache.counts import Counts
 from evalcache.decide import decide
 from evalcache.digest import Digest
 from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError, LedgerLockedError, StoreError
 from evalcache.folder import default_folder
-from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded, RunStarted
+from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded
 from evalcache.key import key_of
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
+from evalcache.provenance import describe_run
 from evalcache.records import Action, Hit, Miss, Policy, Result, Uncacheable
 from evalcache.store import Store
+from evalcache.watch import Batch, Watch
 
 CHECK_SHARE = 0.01
 """A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both."""
@@ -40,77 +37,12 @@ COMMIT_S = 3.0
 FLUSH_S = 2.0
 SYNC_S = 30.0
 PENDING_S = 10.0
+RESULT_LIMIT_BYTES = 256 << 20
+"""A result larger than this (the scores of a long batch over a large vocabulary) is not stored."""
 
 Compute = Callable[[Sequence[int]], Iterable[tuple[int, Result]]]
 """Given the positions to compute (misses only, duplicates merged, in first-seen order), gives (position, result) for each, in any
 order and as they are made: a long call is checked and committed every few seconds."""
-
-
-@dataclass
-class Counts:
-    """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root."""
-
-    hits: int = 0
-    misses: int = 0
-    duplicates: int = 0
-    uncacheable: Counter[str] = field(default_factory=Counter)
-    model_loads: int = 0
-    model_load_seconds: float = 0.0
-    credited_seconds: float = 0.0
-    duplicate_seconds: float = 0.0
-    spent_seconds: float = 0.0
-    overhead: Counter[str] = field(default_factory=Counter)
-    models: dict[str, Digest] = field(default_factory=dict)
-    not_stored: int = 0
-
-
-@dataclass
-class _Batch:
-    """Computed results that wait for the check which lets them in."""
-
-    root: Digest
-    entries: list[tuple[Digest, Action, Result]]
-    since: float
-
-
-class Watch:
-    """One live model as the cache sees it.
-
-    Args:
-        fingerprint: reads every byte of the model and returns its manifest; called whenever control has been elsewhere.
-        name: what the caller calls the model. role: of a model among several in one run.
-        subject: the model; kept alive while a batch of it waits for a check, and not a moment longer.
-    """
-
-    def __init__(self, fingerprint: Callable[[], Manifest], name: str = "", role: str = "", subject: Any = None) -> None:
-        self.name = name
-        self.role = role
-        self.manifest: Manifest | None = None
-        self.check_seconds = 0.0
-        self.lock = threading.RLock()
-        self._fingerprint = fingerprint
-        self._pending: list[_Batch] = []
-        self._subject = (lambda: None) if subject is None else weakref.ref(subject)
-        self._held: Any = None
-
-    def take(self) -> list[_Batch]:
-        """What waits, which then waits no more."""
-        batches, self._pending, self._held = self._pending, [], None
-        return batches
-
-    def put(self, batch: _Batch) -> None:
-        """Let a computed batch wait for the next check."""
-        self._pending.append(batch)
-        self._held = self._subject()
-
-    def read(self) -> Manifest:
-        """Read the model now."""
-        began = time.perf_counter()
-        try:
-            self.manifest = self._fingerprint()
-        finally:
-            self.check_seconds = time.perf_counter() - began
-        return self.manifest
 
 
 class Cache:
@@ -154,6 +86,11 @@ class Cache:
         self._warned: set[str] = set()
         self._flushed_at = self._synced_at = time.monotonic()
         self._started = self._closed = self._broken = False
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no model has been met yet: nothing was asked, loaded or written."""
+        return not (self._started or self._events or self._watches or self._objects)
 
     # --- one call ------------------------------------------------------------------------------------------------------
 
@@ -278,7 +215,7 @@ class Cache:
     def flush(self) -> None:
         """Check what waits, and write everything that is due."""
         for watch in list(self._watches):
-            if watch._pending:
+            if watch.pending:
                 # A refusal has dropped and counted what waited.
                 with contextlib.suppress(FingerprintError):
                     self.open(watch)
@@ -355,10 +292,15 @@ class Cache:
             self._events.append(ModelSeen(self.run_id, manifest.root.value, name, watch.role))
 
     def _wait_for_check(self, watch: Watch, root: Digest, entries: list[tuple[Digest, Action, Result]], force: bool) -> None:
+        storable = [entry for entry in entries if _size_bytes(entry[2]) <= RESULT_LIMIT_BYTES]
+        if len(storable) < len(entries):
+            self._not_stored("too_large", len(entries) - len(storable))
+        if not storable:
+            return
         with watch.lock:
-            watch.put(_Batch(root, entries, time.monotonic()))
+            watch.put(Batch(root, storable, time.monotonic()))
             busy_s = sum(result.cost.seconds for _, _, result in entries if result.cost)
-            waited_s = time.monotonic() - watch._pending[0].since
+            waited_s = time.monotonic() - watch.pending[0].since
             if force or watch.check_seconds < CHECK_SHARE * busy_s or waited_s > PENDING_S:
                 # A refusal has dropped and counted what waited.
                 with contextlib.suppress(FingerprintError):
@@ -367,20 +309,20 @@ class Cache:
     def _settle(self, watch: Watch, manifest: Manifest) -> None:
         batches = watch.take()
         good = [entry for batch in batches if batch.root == manifest.root for entry in batch.entries]
-        self._count_dropped(sum(len(batch.entries) for batch in batches) - len(good))
+        self._not_stored("changed", sum(len(batch.entries) for batch in batches) - len(good))
         if good:
             self._commit(good)
 
     def _drop(self, watch: Watch) -> None:
         batches = watch.take()
-        self._count_dropped(sum(len(batch.entries) for batch in batches))
+        self._not_stored("changed", sum(len(batch.entries) for batch in batches))
 
-    def _count_dropped(self, number: int) -> None:
-        # The caller has these answers; the store must not, since nobody can say which weights made them.
+    def _not_stored(self, reason: str, number: int) -> None:
+        # The caller has these answers; the store must not.
         if number:
             self.counts.not_stored += number
             self.counts.misses -= number
-            self.counts.uncacheable["changed"] += number
+            self.counts.uncacheable[reason] += number
 
     def _tell_lookups(self, watch, keys, first, lookups, results, client) -> None:
         outcomes, reasons, seconds = [], [], []
@@ -439,7 +381,7 @@ class Cache:
         with self._lock:
             if not self._started and (self._events or entries):
                 self._started = True
-                self._events.insert(0, self._run_started())
+                self._events.insert(0, describe_run(self.run_id, self.policy, self.match))
             due = {kind: value - self._overhead_told[kind] for kind, value in self.counts.overhead.items()}
             due = {kind: value for kind, value in due.items() if value > 0}
             if due and self._started:
@@ -456,22 +398,14 @@ class Cache:
             self._warn_once(error)
         self.counts.overhead["write"] += time.perf_counter() - began
 
-    def _run_started(self) -> RunStarted:
-        return RunStarted(
-            run=self.run_id,
-            started_at=time.time(),
-            command=os.environ.get("EVALCACHE_COMMAND") or " ".join(sys.argv),
-            versions=_versions(),
-            git_commit=_git_commit(),
-            host=socket.gethostname(),
-            policy=self.policy.value,
-            match=self.match,
-        )
-
     def _warn_once(self, error: Exception) -> None:
         if not self._broken:
             self._broken = True
             warnings.warn(f"the store does not answer, this run goes on without it: {error}", EvalCacheWarning, stacklevel=3)
+
+
+def _size_bytes(result: Result) -> int:
+    return len(result.tokens) + len(result.logprobs) + sum(len(array.data) for array in result.arrays.values())
 
 
 def _policy(policy: Policy | str | None) -> Policy:
@@ -481,21 +415,3 @@ def _policy(policy: Policy | str | None) -> Policy:
     except ValueError:
         names = ", ".join(one.value for one in Policy)
         raise EvalCacheError(f"unknown policy {given!r}", hint=f"EVALCACHE is one of {names}", found=given) from None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for package in ("torch", "transformers", "peft", "lm_eval", "inspect_ai", "lighteval"):
-        module = sys.modules.get(package)
-        if module is not None and isinstance(version := getattr(module, "__version__", None), str):
-            versions[package] = str(version)
-    return versions
-
-
-def _git_commit() -> str | None:
-    """Commit of the folder that the run was started in, if it is a checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -72,6 +72,14 @@ class Session:
                 _warn(f"cannot open the cache ({_say(error)}); running without it")
         return self._cache
 
+    def reopen(self) -> None:
+        """Begin again with the settings that were chosen since, where a cache was opened but no model has been met."""
+        if self._cache is not None:
+            cache, self._cache = self._cache, None
+            cache.close()
+            if self._installed:
+                self._install()
+
     def close(self, status: str = "ok", exit_code: int | None = None) -> None:
         """Commit what is pending, end the run in the ledger and print the line. Never raises; the second call does nothing.
 
@@ -135,9 +143,7 @@ class Session:
         _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks))
 
 
-def enable(
-    directory: str | os.PathLike[str] | None = None, *, policy: str | None = None, match: str | None = None
-) -> Session:
+def enable(directory: str | os.PathLike[str] | None = None, *, policy: str | None = None, match: str | None = None) -> Session:
     """Serve every transformers model of this process from the cache, from here on. One line in a script, or a ``with`` block.
 
     May stand before or after ``import transformers``. There is one session per process: a second call returns the first one's,
@@ -166,7 +172,7 @@ def enable(
             _start(session)
         return session
     changed = {name: value for name, value in given.items() if value != getattr(session, name)}
-    if changed and session._cache is not None:
+    if changed and session._cache is not None and not session._cache.untouched:
         from evalcache.errors import EvalCacheError
 
         names = ", ".join(changed)
@@ -175,6 +181,8 @@ def enable(
         )
     for name, value in changed.items():
         setattr(session, name, value)
+    if changed:
+        session.reopen()
     return session
 
 

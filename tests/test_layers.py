@@ -48,6 +48,9 @@ LEVELS = {
     "identity": 3.5,  # a checkpoint with its configs and code
     "environment": 3,
     "key": 3,
+    "counts": 2,
+    "provenance": 3.5,
+    "watch": 4.5,
     "decide": 3,
     "frame": 3,
     "journal": 3,

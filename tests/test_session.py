@@ -130,6 +130,7 @@ def test_there_is_one_session_and_its_settings_can_be_chosen_until_it_is_used(tm
     assert first.cache.directory == tmp_path / "other"
     assert first.cache.policy.value == "refresh"
     assert sessions.enable(policy="refresh") is first
+    first.cache.uncacheable("training")
     with pytest.raises(EvalCacheError, match="already running with another policy"):
         sessions.enable(policy="use")
 

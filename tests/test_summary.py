@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from evalcache.cache import Counts
+from evalcache.counts import Counts
 from evalcache.digest import Digest
 from evalcache.summary import calls_seen, format_reasons, format_seconds, format_summary
 

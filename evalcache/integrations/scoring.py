@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evalcache.cache import Cache, Watch
+from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.environment import device_name
 from evalcache.errors import EvalCacheError, UncacheableError
@@ -22,6 +22,7 @@ from evalcache.integrations.probe import batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
 from evalcache.records import Action, Environment, Fields, Request, Result, pack_logprobs, pack_tokens, unpack_logprobs
+from evalcache.watch import Watch
 
 SETTINGS = Fields({"softmax_dtype": "float32"})
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from evalcache.cache import Cache, Watch
+from evalcache.cache import Cache
 from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
@@ -29,6 +29,7 @@ from evalcache.integrations.probe import probe
 from evalcache.integrations.timing import measured, share
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Environment, Policy, Result
+from evalcache.watch import Watch
 from evalcache.weights import Fingerprinter, unwrap
 
 CLIENT = "transformers"

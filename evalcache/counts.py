@@ -1,0 +1,26 @@
+"""Counts: what one run has met so far, kept while it goes on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from evalcache.digest import Digest
+
+
+@dataclass
+class Counts:
+    """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root."""
+
+    hits: int = 0
+    misses: int = 0
+    duplicates: int = 0
+    uncacheable: Counter[str] = field(default_factory=Counter)
+    model_loads: int = 0
+    model_load_seconds: float = 0.0
+    credited_seconds: float = 0.0
+    duplicate_seconds: float = 0.0
+    spent_seconds: float = 0.0
+    overhead: Counter[str] = field(default_factory=Counter)
+    models: dict[str, Digest] = field(default_factory=dict)
+    not_stored: int = 0

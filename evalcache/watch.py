@@ -1,0 +1,63 @@
+"""Watch: one live model as the cache sees it, with the computed batches that wait for its next check."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from evalcache.digest import Digest
+from evalcache.manifest import Manifest
+from evalcache.records import Action, Result
+
+
+@dataclass
+class Batch:
+    """Computed results that wait for the check which lets them in."""
+
+    root: Digest
+    entries: list[tuple[Digest, Action, Result]]
+    since: float
+
+
+class Watch:
+    """One live model as the cache sees it.
+
+    Args:
+        fingerprint: reads every byte of the model and returns its manifest; called whenever control has been elsewhere.
+        name: what the caller calls the model. role: of a model among several in one run.
+        subject: the model; kept alive while a batch of it waits for a check, and not a moment longer.
+    """
+
+    def __init__(self, fingerprint: Callable[[], Manifest], name: str = "", role: str = "", subject: Any = None) -> None:
+        self.name = name
+        self.role = role
+        self.manifest: Manifest | None = None
+        self.check_seconds = 0.0
+        self.lock = threading.RLock()
+        self._fingerprint = fingerprint
+        self.pending: list[Batch] = []
+        self._subject = (lambda: None) if subject is None else weakref.ref(subject)
+        self._held: Any = None
+
+    def take(self) -> list[Batch]:
+        """What waits, which then waits no more."""
+        batches, self.pending, self._held = self.pending, [], None
+        return batches
+
+    def put(self, batch: Batch) -> None:
+        """Let a computed batch wait for the next check."""
+        self.pending.append(batch)
+        self._held = self._subject()
+
+    def read(self) -> Manifest:
+        """Read the model now."""
+        began = time.perf_counter()
+        try:
+            self.manifest = self._fingerprint()
+        finally:
+            self.check_seconds = time.perf_counter() - began
+        return self.manifest
