@@ -35,7 +35,7 @@ from evalcache.library_code import LibraryCode
 from evalcache.manifest import Manifest, ModuleRecord, TensorRecord
 from evalcache.tensors import hash_tensor, is_readable, module_tensors, owned_tensors, special_record, tensor_bytes
 from evalcache.user_code import UserCode
-from evalcache.wrappers import unwrap, unwrapped
+from evalcache.wrappers import awake, unwrap, unwrapped
 
 __all__ = ["Fingerprinter", "fingerprint", "library_digests", "tensor_bytes", "unwrap"]
 
@@ -235,6 +235,7 @@ class _Walk:
         children = []
         self._above.add(id(module))
         for name, child in module.__dict__["_modules"].items():
+            child = child if child is None else awake(child)
             if child is not None:
                 children.append([name, self.visit(child, f"{path}.{name}" if path else name)])
         self._above.discard(id(module))

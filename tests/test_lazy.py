@@ -264,3 +264,44 @@ def test_replaced_file_wakes_as_what_it_is(folder, run):
     )
     assert counts.misses == 4
     assert run(ask, folder, 3)[1].hits == 4
+
+
+def test_under_an_adapter(folder, run):
+    """PEFT keeps the stand-in as its base model: what is fingerprinted is the real one, with its adapters."""
+    import peft
+
+    def script():
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        model = peft.get_peft_model(
+            base, peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        ).eval()
+        return model.generate(
+            input_ids=ids(), attention_mask=torch.ones(4, 8, dtype=torch.long), max_new_tokens=5, do_sample=False
+        )
+
+    run(ask, folder)
+    bare = script()
+    for hits in (0, 4):
+        served, counts = run(script)
+        assert torch.equal(served, bare)
+        assert (counts.hits, sum(counts.uncacheable.values())) == (hits, 0)
+
+
+def test_inside_a_module_of_ones_own(folder, run):
+    """A user's module that holds the stand-in is fingerprinted through it."""
+    from evalcache.weights import fingerprint
+
+    class Holder(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.eval()
+
+        def forward(self, tokens):
+            return self.inner(input_ids=tokens).logits
+
+    real = fingerprint(Holder(LlamaForCausalLM.from_pretrained(folder)))
+    run(ask, folder)
+    held, _ = run(lambda: fingerprint(Holder(AutoModelForCausalLM.from_pretrained(folder))))
+    assert held.root == real.root

@@ -96,6 +96,9 @@ class LazyModel:
     def __delattr__(self, name: str) -> None:
         delattr(sleep_of(self).wake(), name)
 
+    def __evalcache_awake__(self) -> Any:
+        return sleep_of(self).wake()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return sleep_of(self).wake()(*args, **kwargs)
 
