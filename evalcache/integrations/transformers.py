@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import sys
 import threading
 import time
@@ -23,7 +22,8 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
 from evalcache.errors import EvalCacheError, UncacheableError
-from evalcache.integrations import generation, lazy, outputs
+from evalcache.integrations import generation, lazy, loading, outputs
+from evalcache.integrations.enginelogs import Told, buffered_logs
 from evalcache.integrations.generation import Call, Traits
 from evalcache.integrations.probe import probe
 from evalcache.integrations.timing import measured, share
@@ -37,7 +37,6 @@ CLIENT = "transformers"
 _installed: Seam | None = None
 _inside = threading.local()
 _sampling_thread: int | None = None
-_resolving = threading.Lock()
 
 
 def install(cache: Cache) -> None:
@@ -155,7 +154,7 @@ class Seam:
 
     def load(self, cls: type, original: Callable[..., Any], path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``from_pretrained``: asleep where the checkpoint is known."""
-        model = lazy.load(self.cache, cls, original, path, args, kwargs)
+        model = loading.load(self.cache, cls, original, path, args, kwargs)
         if lazy.is_asleep(model):
 
             def bare(*args: Any, **kwargs: Any) -> Any:
@@ -223,7 +222,7 @@ class Seam:
 
     def _plan(
         self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]
-    ) -> tuple[Call, Manifest, Environment, _Told]:
+    ) -> tuple[Call, Manifest, Environment, Told]:
         """Check the model and resolve the call. Whatever fails in here, the bare call still runs."""
         try:
             manifest, environment = self.look(model, watch)
@@ -231,7 +230,7 @@ class Seam:
             inner = model if asleep else unwrap(lazy.awake(model))
             engine = lazy.sleep_of(model).hollow if asleep else _engine(lazy.awake(model), inner, arguments)
             traits = self._find_traits(inner, original, manifest, environment)
-            with _resolving, _buffered_logs() as told:
+            with buffered_logs() as told:
                 try:
                     call = _resolve(engine, arguments, traits)
                 except UncacheableError:
@@ -304,7 +303,7 @@ class Seam:
                 found = Traits(*decode(stored))
             else:
                 began = time.perf_counter()
-                with _quiet_logs():
+                with buffered_logs():
                     found = probe(inner, functools.partial(original))
                 self.cache.counts.overhead["probe"] += time.perf_counter() - began
                 self.cache.put_object(name, encode_canonical([found.rows, found.left, found.right, found.draws]))
@@ -404,42 +403,3 @@ def _bare_generate(model: Any) -> Callable[..., Any]:
     """The untouched ``generate`` of a model's class."""
     generate = type(model).generate
     return getattr(generate, ORIGINAL, generate)
-
-
-class _Told:
-    """What the engine logged while a call was resolved; the call itself will say it again, unless nothing is computed."""
-
-    def __init__(self) -> None:
-        self.said: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-
-    def repeat(self) -> None:
-        """Say it now, since no call will."""
-        for say, args in self.said:
-            say(*args)
-
-
-@contextlib.contextmanager
-def _buffered_logs() -> Iterator[_Told]:
-    told = _Told()
-    names = ("transformers.generation.utils", "transformers.generation.configuration_utils")
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        for method in ("warning", "warning_once"):
-            say = getattr(logger, method)
-            setattr(logger, method, functools.partial(_note, told, say))
-    try:
-        yield told
-    finally:
-        for logger in loggers:
-            for method in ("warning", "warning_once"):
-                vars(logger).pop(method, None)
-
-
-def _note(told: _Told, say: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    told.said.append((say, args))
-
-
-@contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    with _resolving, _buffered_logs():
-        yield

@@ -1,0 +1,278 @@
+"""``from_pretrained``: asleep where the checkpoint is known, else loaded, and known from then on.
+
+Known means: an earlier load of the same files, with the same arguments and the same versions, has told what the live model is.
+What cannot be told exactly (weights that are made up while loading, code of one's own, adapters) is loaded each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evalcache.cache import Cache
+from evalcache.canonical import digest_canonical
+from evalcache.code import library_of, version_of
+from evalcache.digest import Digest
+from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
+from evalcache.filememo import FileMemo
+from evalcache.identity import CheckpointIndex, identify_checkpoint
+from evalcache.integrations.lazy import LazyModel, config_digest, is_same, sleep_of
+from evalcache.weights import fingerprint, library_digests
+
+# Arguments that choose where files come from or how loading goes, and never what is loaded.
+_NEVER = frozenset(
+    "config adapter_kwargs token cache_dir force_download local_files_only low_cpu_mem_usage weights_only disable_mmap "
+    "offload_folder offload_state_dict max_memory resume_download proxies _from_auto _from_pipeline commit_hash _commit_hash "
+    "trust_remote_code revision code_revision".split()
+)
+# Arguments that bring weights from elsewhere, or spread them.
+_UNKNOWABLE = (
+    "state_dict",
+    "output_loading_info",
+    "gguf_file",
+    "adapter_kwargs",
+    "tp_plan",
+    "key_mapping",
+    "device_mesh",
+)
+_VERSIONS = ("transformers", "torch", "accelerate", "peft", "bitsandbytes", "torchao", "optimum", "safetensors")
+_loading = threading.local()
+
+
+def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``cls.from_pretrained``: a `LazyModel` where the checkpoint is known, else the loaded model, which is then known.
+
+    Args:
+        original: the bound, untouched ``from_pretrained``.
+    """
+    if getattr(_loading, "active", False):
+        return original(path, *args, **kwargs)
+    _loading.active = True
+    try:
+        known = _guarded(cache, lambda: _Checkpoint.find(cache, cls, path, args, kwargs))
+        if known is not None and cache.policy.reads:
+            lazy = _guarded(cache, lambda: known.lazy(original))
+            if lazy is not None:
+                return lazy
+        began = time.perf_counter()
+        if known is None:
+            model = original(path, *args, **kwargs)
+            cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
+            return model
+        states = torch.get_rng_state()
+        model, told = original(path, *args, **kwargs, output_loading_info=True)
+        cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
+        # What was made up at random while loading, or with draws from the script's generator, cannot be promised.
+        complete = not any(told.get(name) for name in ("missing_keys", "mismatched_keys", "error_msgs"))
+        if complete and torch.equal(states, torch.get_rng_state()) and cache.policy.writes:
+            _guarded(cache, lambda: known.remember(model))
+        return model
+    finally:
+        _loading.active = False
+
+
+def _guarded(cache: Cache, step: Callable[[], Any]) -> Any:
+    """One step of ours around a load; whatever fails in it, the load goes on without it."""
+    began = time.perf_counter()
+    try:
+        return step()
+    except Exception as error:
+        cache.warn(f"a checkpoint is loaded as if evalcache were not there: {type(error).__name__}: {error}")
+        return None
+    finally:
+        cache.counts.overhead["fingerprint"] += time.perf_counter() - began
+
+
+class _Checkpoint:
+    """One checkpoint as it is asked for: which files, which arguments, which versions."""
+
+    def __init__(self, cache: Cache, cls: type, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.cache, self.cls, self.args, self.kwargs = cache, cls, args, kwargs
+        self.folder = folder
+        self.path: Any = folder
+        self.index = CheckpointIndex(cache.directory / "checkpoints.sqlite")
+        self.identity = self._identify()
+        config = kwargs.get("config")
+        given = {name: _argument(value) for name, value in kwargs.items() if name not in _NEVER and value is not None}
+        self.key = digest_canonical(
+            [
+                self.identity.value,
+                f"{cls.__module__}.{cls.__qualname__}",
+                given,
+                b"" if config is None else config_digest(config),
+                {name: version_of(name) or "" for name in _VERSIONS if version_of(name)},
+                [str(torch.get_default_dtype()), str(torch.get_default_device())],
+                sys.version_info[:2],
+            ]
+        )
+
+    @classmethod
+    def find(cls, cache: Cache, model: type, path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Checkpoint | None:
+        """The checkpoint at ``path``; None where it cannot be known before it is loaded."""
+        if (
+            args
+            or not isinstance(path, (str, os.PathLike))
+            or library_of(getattr(sys.modules.get(model.__module__), "__file__", "") or "") is None
+        ):
+            return None
+        given = {name: _without_nothing(kwargs.get(name)) for name in _UNKNOWABLE}
+        if any(given.values()):
+            return None
+        folder = _folder(path, kwargs)
+        if folder is None or (folder / "adapter_config.json").exists() or isinstance(kwargs.get("config"), (str, os.PathLike)):
+            return None
+        try:
+            found = cls(cache, model, folder, args, kwargs)
+        except (EvalCacheError, OSError) as error:
+            if not isinstance(error, (CanonicalError, FingerprintError)):
+                cache.warn(f"{folder} is loaded at once: {error}")
+            return None
+        found.path = path
+        return found
+
+    def _identify(self) -> Digest:
+        files = {name: self.kwargs.get(name) for name in ("variant", "use_safetensors")}
+        return identify_checkpoint(self.folder, memo=FileMemo(self.cache.directory), **files).digest
+
+    def lazy(self, original: Callable[..., Any]) -> LazyModel | None:
+        """A sleeping model, if an earlier load told what it is, and nothing speaks against it."""
+        record = self.index.recall(self.key)
+        if record is None:
+            return None
+        hollow = _hollow(self.cls, self.folder, self.path, self.kwargs, record)
+        if hollow is None:
+            return None
+
+        def wake() -> Any:
+            _loading.active = True
+            try:
+                return original(self.path, *self.args, **self.kwargs)
+            finally:
+                _loading.active = False
+
+        model = LazyModel(self.cache, self.cls, wake, hollow, record)
+        try:
+            return model if sleep_of(model).manifest() is not None else None
+        except EvalCacheError:
+            return None
+
+    def remember(self, model: Any) -> None:
+        """Write down what was loaded. Silently not, where that cannot be told exactly."""
+        try:
+            manifest = fingerprint(model)
+            classes = sorted({f"{type(m).__module__}:{type(m).__qualname__}" for m in model.modules()})
+            config = self.kwargs.get("config") or type(model).config_class.from_pretrained(self.folder)
+            record = {
+                "root": manifest.root.value,
+                "classes": classes,
+                "code": library_digests(classes),
+                "config": _changes(config, model.config),
+                "generation": {n: v for n, v in model.generation_config.to_dict().items() if v is not None}
+                if model.can_generate()
+                else {},
+                "device": str(model.device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+            hollow = _hollow(self.cls, self.folder, self.path, self.kwargs, record)
+            same = (
+                hollow is not None
+                and config_digest(hollow.config) == config_digest(model.config)
+                and (not model.can_generate() or hollow.generation_config.to_dict() == model.generation_config.to_dict())
+            )
+            if same and self._identify() == self.identity:
+                self.cache.put_object(f"model/{manifest.root.hex}", manifest.to_bytes())
+                self.index.remember(self.key, record)
+        except (EvalCacheError, OSError, ValueError, TypeError, AttributeError):
+            return  # it will be loaded again next time: slower, and as right
+
+
+def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: dict[str, Any]) -> Any:
+    """An instance of the model's class that holds its config and generation config, and no module at all."""
+    from transformers import GenerationConfig
+
+    try:
+        config = kwargs.get("config")
+        config = copy.deepcopy(config) if config is not None else cls.config_class.from_pretrained(folder)
+        for name, value in record["config"]:
+            setattr(config, name, _from_plain(value))
+        config._name_or_path = str(path)
+        hollow = cls.__new__(cls)
+        torch.nn.Module.__init__(hollow)
+        hollow.config = config
+        if record["generation"]:
+            hollow.generation_config = GenerationConfig.from_dict(dict(record["generation"]))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return hollow
+
+
+def _changes(before: Any, after: Any) -> list[list[Any]]:
+    """What loading has set in a config, by attribute."""
+    changes = []
+    for name, value in vars(after).items():
+        if name == "_name_or_path" or (name in vars(before) and is_same(vars(before)[name], value)):
+            continue
+        changes.append([name, _to_plain(value)])
+    return changes
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return ["dtype", str(value).removeprefix("torch.")]
+    return ["value", value]
+
+
+def _from_plain(value: Any) -> Any:
+    kind, content = value
+    return getattr(torch, content) if kind == "dtype" else content
+
+
+def _argument(value: Any) -> Any:
+    """A load argument as a canonical value, or `CanonicalError`."""
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): _argument(item) for key, item in value.items()}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if any(cls.__name__ == "QuantizationConfigMixin" for cls in type(value).__mro__):
+        return [type(value).__qualname__, _argument(value.to_dict())]
+    raise CanonicalError(f"load argument of type {type(value).__name__}", path="arguments", found=type(value).__name__)
+
+
+def _without_nothing(value: Any) -> Any:
+    """A load argument, an empty one for a dict of nothing but None: the auto classes pass such on."""
+    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def _folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
+    """Where the files are: a folder, or a snapshot in the hub's cache."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder / kwargs["subfolder"] if kwargs.get("subfolder") else folder
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            str(path),
+            "config.json",
+            cache_dir=kwargs.get("cache_dir"),
+            revision=kwargs.get("revision") or "main",
+            local_files_only=True,
+            subfolder=kwargs.get("subfolder") or "",
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(found).parent if found else None
