@@ -28,6 +28,9 @@ ROW_LIMIT_BYTES = 512 << 20
 
 _WIDTHS = (1, 8, 32, 128, 512, 1024)  # keys per statement: few texts, so that SQLite's prepared statements are found again
 _SELECT = {width: f"SELECT key, value FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * width)})" for width in _WIDTHS}
+_BULK = 4 * _WIDTHS[-1]
+_PLACES = f"SELECT rowid FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * _WIDTHS[-1])})"
+_AT_PLACES = f"SELECT key, value FROM Cache WHERE rowid IN ({', '.join('?' * _WIDTHS[-1])})"
 # An upsert, for INSERT OR REPLACE would delete rows without firing the triggers that keep diskcache's count right.
 _UPSERT = (
     "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value) VALUES (?, 1, ?, ?, 0, 1, ?)"
@@ -119,6 +122,13 @@ class Rows:
         Raises:
             StoreError: nothing can be read.
         """
+        if len(keys) > _BULK:
+            found: set[bytes] = set()
+            for rows in self._in_place(keys):
+                found.update(key for key, _ in rows)
+                yield rows
+            # What was written anew meanwhile, or cannot be read in bulk, is asked for by its key; so are absent ones.
+            keys = [key for key in keys if key not in found]
         for start in range(0, len(keys), _WIDTHS[-1]):
             chunk = keys[start : start + _WIDTHS[-1]]
             # Filled up by repeating one key, for few statement texts: SQLite drops equal members of a list.
@@ -127,6 +137,22 @@ class Rows:
                 yield self._cache._sql(_SELECT[width], (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()
             except sqlite3.Error:
                 yield self._select_singly(chunk, unreadable)
+
+    def _in_place(self, keys: Sequence[bytes]) -> Iterator[list[tuple[bytes, Any]]]:
+        """Rows in the order in which they lie in the file: by their keys, which are hashes, pages would be read again and again."""
+        width = _WIDTHS[-1]
+        try:
+            places: list[int] = []
+            ordered = sorted(set(keys))
+            for start in range(0, len(ordered), width):
+                chunk = ordered[start : start + width]
+                places += [row for (row,) in self._cache._sql(_PLACES, (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()]
+            places.sort()
+            for start in range(0, len(places), width):
+                some = places[start : start + width]
+                yield self._cache._sql(_AT_PLACES, (*some, *some[-1:] * (width - len(some)))).fetchall()
+        except sqlite3.Error:
+            return  # the caller asks for the rest by key, and finds out which rows are damaged
 
     def _select_singly(self, keys: Sequence[bytes], unreadable: list[tuple[bytes, str]]) -> list[tuple[bytes, Any]]:
         found: list[tuple[bytes, Any]] = []

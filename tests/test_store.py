@@ -69,6 +69,23 @@ def test_what_is_committed_is_served(store: Store) -> None:
     assert (store.corrupt_count, store.check()) == (0, [])
 
 
+def test_a_bulk_lookup_finds_the_same_as_single_ones(store: Store) -> None:
+    """Many keys at once are read by their place in the file: absent, repeated, damaged and replaced ones as ever."""
+    items = make_items(6000)
+    commit(store, items)
+    commit(store, [make_item(10, "another answer")])
+    alter(store, items[20][0], "substr(value, 1, 40)")
+    keys = [key for key, _, _ in reversed(items)]
+    asked = [*keys, *keys[:50], *(key for key, _, _ in make_items(500, 10_000))]
+    with pytest.warns(CorruptEntryWarning):
+        found = store.get_many(asked)
+    assert found.keys() == set(keys)
+    assert isinstance(found.pop(items[20][0]), FrameError)
+    assert found[items[10][0]].result.text == "another answer"
+    assert all(found[key].result == result for key, _, result in items if key in found and key != items[10][0])
+    assert len(store.get_many(asked)) == 5999
+
+
 def test_another_process_sees_it(store: Store) -> None:
     items = make_items(3)
     commit(store, items)
