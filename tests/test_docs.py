@@ -19,7 +19,7 @@ from evalcache.key import KEY_VERSION
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = (
-    "Install", "Sixty seconds", "How the key is made", "Clients", "Command line", "Limits", "Key-format history",
+    "Install", "Sixty seconds", "How the key is made", "Clients", "Command line", "Measured", "Limits", "Key-format history",
 )  # fmt: skip
 
 

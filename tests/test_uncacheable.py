@@ -68,7 +68,11 @@ def lora_of_two() -> Any:
 def prompt_tuned() -> Any:
     import peft
 
-    return peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    # The virtual tokens are drawn: two models made here have to be the same one.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    return model.eval()
 
 
 def hooked() -> Any:
