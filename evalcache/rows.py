@@ -139,7 +139,7 @@ class Rows:
                 yield self._select_singly(chunk, unreadable)
 
     def _in_place(self, keys: Sequence[bytes]) -> Iterator[list[tuple[bytes, Any]]]:
-        """Rows in the order in which they lie in the file: by their keys, which are hashes, pages would be read again and again."""
+        """Rows in the order in which they lie in the file: by their keys, which are hashes, pages would be read over and over."""
         width = _WIDTHS[-1]
         try:
             places: list[int] = []
