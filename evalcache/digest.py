@@ -53,6 +53,9 @@ class Digest:
             raise ValueError(f"not a {ALGORITHM} digest: {text!r}")
         return cls(value)
 
+    def __hash__(self) -> int:
+        return hash(self.value)  # a bytes object remembers its own; the default would build a tuple at each look into a dict
+
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.value.hex()}"
 

@@ -24,6 +24,7 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from sys import intern
 from types import MappingProxyType
 from typing import Any
 
@@ -129,9 +130,7 @@ def encode_frame(key: Digest, action: Action, result: Result, run: str, created_
         ]
     )
     packed_answer, packed_question = _pack(key, answer, _MIN_ANSWER_BYTES), _pack(key, question, _MIN_QUESTION_BYTES)
-    header = _HEADER.pack(
-        MAGIC, FRAME_VERSION, key.value, len(packed_answer), len(answer), len(packed_question), len(question)
-    )
+    header = _HEADER.pack(MAGIC, FRAME_VERSION, key.value, len(packed_answer), len(answer), len(packed_question), len(question))
     body = b"".join((header, packed_answer, packed_question))
     return body + checksum(body)
 
@@ -155,9 +154,12 @@ def decode_entry(key: Digest, frame: bytes) -> Entry:
             cost.__class__ = Cost
         if arrays:
             arrays = {name: Array(dtype, tuple(shape), data) for name, (dtype, shape, data) in arrays.items()}
-        result = _MutableResult(tokens, text, logprobs, finish_reason, scalars or _NOTHING, arrays or _NOTHING, cost)
+        # Interned: a bulk of entries of one run holds its id once.
+        result = _MutableResult(
+            tokens, text, logprobs, finish_reason and intern(finish_reason), scalars or _NOTHING, arrays or _NOTHING, cost
+        )
         result.__class__ = Result
-        entry = _MutableEntry(key, result, run, created_at)
+        entry = _MutableEntry(key, result, intern(run), created_at)
         entry.__class__ = Entry
         return entry
     except (ValueError, TypeError, AttributeError) as error:
@@ -212,26 +214,26 @@ def _pack(key: Digest, raw: bytes, least_bytes: int) -> bytes:
     return packed if len(packed) < len(raw) else raw
 
 
-def _open(key: Digest, frame: Any) -> list[int]:
+def _open(key: Digest, frame: Any) -> tuple[int, int, int, int]:
     """Everything that can be checked without unpacking: magic, version, lengths, checksum, key. Returns the four lengths."""
     if type(frame) is not bytes:
         raise _fault(key, "the row holds no bytes", "bytes", type(frame).__name__)
-    if len(frame) < _HEADER_BYTES + SIZE_BYTES:
-        raise _fault(key, "the frame is too short", _HEADER_BYTES + SIZE_BYTES, len(frame))
-    magic, version, owner, *lengths = _HEADER.unpack_from(frame)
+    size = len(frame)
+    if size < _HEADER_BYTES + SIZE_BYTES:
+        raise _fault(key, "the frame is too short", _HEADER_BYTES + SIZE_BYTES, size)
+    magic, version, owner, packed_answer, answer, packed_question, question = _HEADER.unpack_from(frame)
     if magic != MAGIC:
         raise _fault(key, "the row is not a frame", MAGIC, magic)
     if version != FRAME_VERSION:
         raise _fault(key, "the frame has another version", FRAME_VERSION, version)
-    length = _HEADER_BYTES + lengths[0] + lengths[2] + SIZE_BYTES
-    if length != len(frame):
-        raise _fault(key, "the frame's lengths do not add up", length, len(frame))
-    found, expected = frame[-SIZE_BYTES:], checksum(memoryview(frame)[:-SIZE_BYTES])
-    if found != expected:
-        raise _fault(key, "the frame was altered", expected.hex(), found.hex())
+    if _HEADER_BYTES + packed_answer + packed_question + SIZE_BYTES != size:
+        raise _fault(key, "the frame's lengths do not add up", _HEADER_BYTES + packed_answer + packed_question + SIZE_BYTES, size)
+    expected = checksum(memoryview(frame)[:-SIZE_BYTES])
+    if not frame.endswith(expected):
+        raise _fault(key, "the frame was altered", expected.hex(), frame[-SIZE_BYTES:].hex())
     if owner != key.value:
         raise _fault(key, "the frame belongs to another key", key.hex, owner.hex())
-    return lengths
+    return packed_answer, answer, packed_question, question
 
 
 def _content(key: Digest, frame: bytes, start: int, packed: int, raw: int) -> Any:

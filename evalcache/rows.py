@@ -8,6 +8,7 @@ thousand rows. Nothing is ever pickled or unpickled, whatever a row claims to be
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sqlite3
 import threading
@@ -29,6 +30,7 @@ ROW_LIMIT_BYTES = 512 << 20
 _WIDTHS = (1, 8, 32, 128, 512, 1024)  # keys per statement: few texts, so that SQLite's prepared statements are found again
 _SELECT = {width: f"SELECT key, value FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * width)})" for width in _WIDTHS}
 _BULK = 4 * _WIDTHS[-1]
+_KEY = operator.itemgetter(0)
 _PLACES = f"SELECT rowid FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * _WIDTHS[-1])})"
 _AT_PLACES = f"SELECT key, value FROM Cache WHERE rowid IN ({', '.join('?' * _WIDTHS[-1])})"
 # An upsert, for INSERT OR REPLACE would delete rows without firing the triggers that keep diskcache's count right.
@@ -125,7 +127,7 @@ class Rows:
         if len(keys) > _BULK:
             found: set[bytes] = set()
             for rows in self._in_place(keys):
-                found.update(key for key, _ in rows)
+                found.update(map(_KEY, rows))
                 yield rows
             # What was written anew meanwhile, or cannot be read in bulk, is asked for by its key; so are absent ones.
             keys = [key for key in keys if key not in found]
@@ -143,9 +145,8 @@ class Rows:
         width = _WIDTHS[-1]
         try:
             places: list[int] = []
-            ordered = sorted(set(keys))
-            for start in range(0, len(ordered), width):
-                chunk = ordered[start : start + width]
+            for start in range(0, len(keys), width):
+                chunk = keys[start : start + width]
                 places += [row for (row,) in self._cache._sql(_PLACES, (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()]
             places.sort()
             for start in range(0, len(places), width):
