@@ -79,7 +79,7 @@ class AttributeEncoder:
                 rest[name] = value
         others: dict[str, Any] = {}
         for name, value in rest.items():
-            if _is_config(value):
+            if is_config(value):
                 others[name] = ["config", self._config(value, f"{path}.{name}" if path else name)]
             else:
                 others[name] = self.encode(value, path)
@@ -152,7 +152,7 @@ class AttributeEncoder:
             return ["enum", self._encode_code(kind, path), value.name, self.encode(value.value, path)]
         if isinstance(value, _CODE):
             return self._encode_code(value, path)
-        if _is_config(value):
+        if is_config(value):
             return self.config_value(value, path)
         if kind in (list, tuple):
             # A saved configuration comes back with lists for tuples, and with sorted keys.
@@ -179,7 +179,8 @@ def _is_ours_or_instance_method(module: Any, name: str, value: Any) -> bool:
     return callable(value) and isinstance(getattr(type(module), name, None), types.FunctionType)
 
 
-def _is_config(value: Any) -> bool:
+def is_config(value: Any) -> bool:
+    """Whether it is a configuration of transformers, of PEFT or of a quantiser."""
     return any(
         cls.__name__ in ("PreTrainedConfig", "PretrainedConfig", "PeftConfigMixin", "QuantizationConfigMixin")
         for cls in type(value).__mro__

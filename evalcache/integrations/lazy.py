@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from evalcache.attributes import AttributeEncoder
+from evalcache.attributes import AttributeEncoder, is_config
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.digest import Digest
@@ -31,6 +31,11 @@ _HOLLOW = frozenset(
     "config generation_config can_generate main_input_name base_model_prefix name_or_path framework "
     "_prepare_generation_config _prepare_special_tokens _prepare_attention_mask_for_generation _prepare_generated_length "
     "_validate_model_class _supports_default_dynamic_cache adjust_generation_fn".split()
+)
+# Instances have sets of their own in the place of their class's.
+_OF_INSTANCES = frozenset(
+    "_keep_in_fp32_modules _keep_in_fp32_modules_strict _keys_to_ignore_on_load_missing _keys_to_ignore_on_load_unexpected "
+    "_keys_to_ignore_on_save _no_split_modules _skip_keys_device_placement".split()
 )
 
 
@@ -115,7 +120,7 @@ class Sleep:
             return lambda: model
         if name == "to":
             return lambda *args, **kwargs: self._to(model, args, kwargs)
-        value = getattr(self.cls, name, _UNKNOWN)
+        value = _UNKNOWN if name in _OF_INSTANCES else getattr(self.cls, name, _UNKNOWN)
         plain = value is None or isinstance(value, (bool, int, float, str, tuple, list, frozenset, set, dict))
         return value if plain else _UNKNOWN
 
@@ -141,7 +146,8 @@ class Sleep:
                     real = real.to(self.device)
                 self.cache.loaded(Digest(self._record["root"]), time.perf_counter() - began)
                 _hand_over(self.hollow.config, real.config)
-                real.generation_config = self.hollow.generation_config
+                if "generation_config" in vars(self.hollow):  # not where a model cannot generate
+                    real.generation_config = self.hollow.generation_config
                 self.real = real
             return self.real
 
@@ -200,7 +206,11 @@ def is_same(left: Any, right: Any) -> bool:
 
 
 def _hand_over(given: Any, real: Any) -> None:
-    """Set in the real config what the script has set in the sleeping one's."""
+    """Set in the real config what the script has set in the sleeping one's, and make them one: the script may hold the latter."""
     for name, value in vars(given).items():
-        if name not in vars(real) or not is_same(vars(real)[name], value):
+        known = vars(real).get(name)
+        if is_config(value) and type(known) is type(value):
+            _hand_over(value, known)
+        elif name not in vars(real) or not is_same(known, value):
             setattr(real, name, value)
+    object.__setattr__(given, "__dict__", vars(real))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from evalcache.attributes import is_config
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.code import library_of, version_of
@@ -44,6 +45,11 @@ _UNKNOWABLE = (
     "key_mapping",
     "device_mesh",
 )
+# Arguments that mean nothing where they are None; of any other name None is a value, which the config takes over.
+_NOTHING = frozenset(
+    "use_safetensors fusion_config dtype torch_dtype device_map quantization_config variant generation_config "
+    "distributed_config tp_size kernel_config state_dict gguf_file tp_plan key_mapping device_mesh".split()
+)
 _VERSIONS = ("transformers", "torch", "accelerate", "peft", "bitsandbytes", "torchao", "optimum", "safetensors")
 _loading = threading.local()
 
@@ -56,6 +62,8 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
     """
     if getattr(_loading, "active", False):
         return original(path, *args, **kwargs)
+    if not kwargs.get("output_loading_info"):
+        kwargs.pop("output_loading_info", None)  # we ask for it ourselves
     _loading.active = True
     try:
         known = _guarded(cache, lambda: _Checkpoint.find(cache, cls, path, args, kwargs))
@@ -102,7 +110,11 @@ class _Checkpoint:
         self.index = CheckpointIndex(cache.directory / "checkpoints.sqlite")
         self.identity = self._identify()
         config = kwargs.get("config")
-        given = {name: _argument(value) for name, value in kwargs.items() if name not in _NEVER and value is not None}
+        given = {
+            name: _argument(value)
+            for name, value in kwargs.items()
+            if name not in _NEVER and not (value is None and name in _NOTHING)
+        }
         self.key = digest_canonical(
             [
                 self.identity.value,
@@ -111,6 +123,8 @@ class _Checkpoint:
                 b"" if config is None else config_digest(config),
                 {name: version_of(name) or "" for name in _VERSIONS if version_of(name)},
                 [str(torch.get_default_dtype()), str(torch.get_default_device())],
+                # Where a map puts a model depends on what is there.
+                torch.cuda.device_count() if kwargs.get("device_map") is not None else 0,
                 sys.version_info[:2],
             ]
         )
@@ -152,10 +166,15 @@ class _Checkpoint:
         if hollow is None:
             return None
 
+        # As it was asked for: the script may change its config, or its working directory, before the model wakes.
+        kwargs = copy.deepcopy(self.kwargs)
+        folder = os.path.realpath(self.path) if os.path.isdir(self.path) else None
+
         def wake() -> Any:
             _loading.active = True
+            moved = folder is not None and os.path.realpath(self.path) != folder
             try:
-                return original(self.path, *self.args, **self.kwargs)
+                return original(folder if moved else self.path, *self.args, **kwargs)
             finally:
                 _loading.active = False
 
@@ -202,8 +221,7 @@ def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: d
     try:
         config = kwargs.get("config")
         config = copy.deepcopy(config) if config is not None else cls.config_class.from_pretrained(folder)
-        for name, value in record["config"]:
-            setattr(config, name, _from_plain(value))
+        _apply(config, record["config"])
         config._name_or_path = str(path)
         hollow = cls.__new__(cls)
         torch.nn.Module.__init__(hollow)
@@ -216,24 +234,25 @@ def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: d
 
 
 def _changes(before: Any, after: Any) -> list[list[Any]]:
-    """What loading has set in a config, by attribute."""
+    """What loading has set in a config, by attribute; in the configs inside of it too."""
     changes = []
     for name, value in vars(after).items():
-        if name == "_name_or_path" or (name in vars(before) and is_same(vars(before)[name], value)):
-            continue
-        changes.append([name, _to_plain(value)])
+        known = vars(before).get(name)
+        if is_config(value) and type(known) is type(value):
+            if inside := _changes(known, value):
+                changes.append([name, ["config", inside]])
+        elif name != "_name_or_path" and not (name in vars(before) and is_same(known, value)):
+            dtype = isinstance(value, torch.dtype)
+            changes.append([name, ["dtype", str(value).removeprefix("torch.")] if dtype else ["value", value]])
     return changes
 
 
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return ["dtype", str(value).removeprefix("torch.")]
-    return ["value", value]
-
-
-def _from_plain(value: Any) -> Any:
-    kind, content = value
-    return getattr(torch, content) if kind == "dtype" else content
+def _apply(config: Any, changes: list[list[Any]]) -> None:
+    for name, (kind, content) in changes:
+        if kind == "config":
+            _apply(vars(config)[name], content)
+        else:
+            setattr(config, name, getattr(torch, content) if kind == "dtype" else content)
 
 
 def _argument(value: Any) -> Any:
@@ -252,8 +271,10 @@ def _argument(value: Any) -> Any:
 
 
 def _without_nothing(value: Any) -> Any:
-    """A load argument, an empty one for a dict of nothing but None: the auto classes pass such on."""
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+    """A load argument, an empty one for a dict of nothing that counts: the auto classes pass such on, with the hub's revision."""
+    if not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if item is not None and name not in ("revision", "token")}
 
 
 def _folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
