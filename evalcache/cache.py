@@ -31,9 +31,9 @@ from evalcache.records import Action, Hit, Miss, Policy, Result, Uncacheable
 from evalcache.store import Store
 from evalcache.watch import Batch, Watch
 
-CHECK_SHARE = 0.005
+CHECK_SHARE = 0.003
 """A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both. Two
-checks a call, then, cost 1 % of it at most."""
+checks a call, then, cost less than 1 % of it, with all the rest."""
 COMMIT_S = 3.0
 FLUSH_S = 2.0
 SYNC_S = 30.0
