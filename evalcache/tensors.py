@@ -6,7 +6,9 @@ raises `FingerprintError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from evalcache.leaf import leaf_digest
 from evalcache.manifest import TensorRecord
 
 _SHARDED = frozenset({"DTensor", "ShardedTensor"})
+_PARALLEL_FROM_BYTES = 512 << 20  # below, the threads of a busy machine cost more than they bring
+_PORTION_BYTES = 32 << 20  # a thread's task; one for every small tensor would cost as much as its hashing
 _RECURSED = ("torchao.", "optimum.quanto.")
 
 
@@ -26,6 +30,37 @@ def hash_tensor(tensor: torch.Tensor) -> TensorRecord:
     dtype = dtype_name(tensor.dtype)
     shape = tuple(tensor.shape)
     return TensorRecord(leaf_digest(dtype, shape, tensor_bytes(tensor)), dtype, shape, tensor.nbytes)
+
+
+def hash_tensors(tensors: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, TensorRecord]]:
+    """The records of readable tensors in host memory, in order; large models in threads, for xxhash releases the GIL.
+
+    Cost: one pass at 20+ GB/s and thread; some 10 µs a tensor.
+    """
+    if sum(tensor.nbytes for tensor in tensors.values()) < _PARALLEL_FROM_BYTES:
+        for key, tensor in tensors.items():
+            yield key, hash_tensor(tensor)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(4, cores)) as pool:
+        for records in pool.map(_hash_portion, _portions(tensors)):
+            yield from records
+
+
+def _portions(tensors: Mapping[int, torch.Tensor]) -> list[list[tuple[int, torch.Tensor]]]:
+    portions: list[list[tuple[int, torch.Tensor]]] = [[]]
+    size_bytes = 0
+    for item in tensors.items():
+        if size_bytes >= _PORTION_BYTES:
+            portions.append([])
+            size_bytes = 0
+        portions[-1].append(item)
+        size_bytes += item[1].nbytes
+    return portions
+
+
+def _hash_portion(portion: list[tuple[int, torch.Tensor]]) -> list[tuple[int, TensorRecord]]:
+    return [(key, hash_tensor(tensor)) for key, tensor in portion]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> Any:

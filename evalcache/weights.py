@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from evalcache.interception import refuse_hooks, refuse_interception, refuse_wra
 from evalcache.kernels import kernel_tables
 from evalcache.library_code import LibraryCode
 from evalcache.manifest import Manifest, ModuleRecord, TensorRecord
-from evalcache.tensors import hash_tensor, is_readable, module_tensors, owned_tensors, special_record, tensor_bytes
+from evalcache.tensors import hash_tensor, hash_tensors, is_readable, module_tensors, owned_tensors, special_record, tensor_bytes
 from evalcache.user_code import UserCode
 from evalcache.wrappers import awake, unwrap, unwrapped
 
@@ -42,7 +40,6 @@ __all__ = ["Fingerprinter", "fingerprint", "library_digests", "tensor_bytes", "u
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while tensors are hashed."""
 
-_PARALLEL_FROM_BYTES = 32 << 20
 _PENDING = ModuleRecord(Digest(bytes(16)), "")
 
 _library = LibraryCode()
@@ -95,11 +92,10 @@ def _library_digests(classes: Mapping[str, types.ModuleType]) -> bytes:
     # No configuration is there yet to say which kernel it chooses: a table that somebody added to is refused.
     tables = []
     for name, entries in kernel_tables(_library):
-        functions = [(key, one) for key, one in entries if isinstance(one, types.FunctionType)]
-        for key, one in functions:
-            if origin_of(one) not in ("transformers", "torch"):
+        for key, one in entries:
+            if not isinstance(one, types.FunctionType) or origin_of(one) not in ("transformers", "torch"):
                 raise FingerprintError("", f"kernel {key!r} of {name} comes from elsewhere", "code")
-        tables.append([name, [[key, _library.function(one)] for key, one in functions]])
+        tables.append([name, [[key, _library.function(one)] for key, one in entries]])
     return digest_canonical([parts, runtime, tables]).value
 
 
@@ -164,7 +160,7 @@ class _Walk:
     # --- tensors -------------------------------------------------------------------------------------------------------
 
     def hash_tensors(self, module: nn.Module) -> None:
-        """Hash all plain tensors first: large ones in threads (xxhash releases the GIL), device ones in one round trip."""
+        """Hash all plain tensors first: many bytes in threads, device ones in one round trip."""
         host: dict[int, torch.Tensor] = {}
         device: dict[int, torch.Tensor] = {}
         for tensor in owned_tensors(module):
@@ -181,13 +177,8 @@ class _Walk:
             if self._progress:
                 self._progress(done, total)
 
-        if total < _PARALLEL_FROM_BYTES:
-            for key, tensor in host.items():
-                finished(key, tensor, hash_tensor(tensor))
-        else:
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for (key, tensor), record in zip(host.items(), pool.map(hash_tensor, host.values()), strict=True):
-                    finished(key, tensor, record)
+        for key, record in hash_tensors(host):
+            finished(key, host[key], record)
         for key, total_sum in device_sums(device).items():
             tensor = device[key]
             known = self._owner._sums.get(key)

@@ -11,6 +11,7 @@ import torch
 from tiny import build, prompts
 from torch import nn
 
+from evalcache import tensors
 from evalcache.errors import FingerprintError
 from evalcache.weights import Fingerprinter, fingerprint, tensor_bytes, unwrap
 
@@ -441,3 +442,12 @@ def test_the_fingerprinter_does_not_keep_the_model_alive() -> None:
     checks = Fingerprinter(nn.Linear(2, 2).eval())
     with pytest.raises(FingerprintError, match="gone"):
         checks.manifest()
+
+
+def test_threads_and_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    alone = fingerprint(model)
+    monkeypatch.setattr(tensors, "_PARALLEL_FROM_BYTES", 0)
+    for portion_bytes in (1, 1000, 1 << 20):
+        monkeypatch.setattr(tensors, "_PORTION_BYTES", portion_bytes)
+        assert fingerprint(model) == alone
