@@ -385,13 +385,12 @@ def test_a_contiguous_tensor_is_read_in_place() -> None:
     assert view.nbytes == 24
 
 
-def test_large_models_are_hashed_in_threads_to_the_same_root() -> None:
+def test_progress_tells_of_every_byte() -> None:
     torch.manual_seed(0)
     large = nn.Sequential(*[nn.Linear(1500, 1500) for _ in range(4)]).eval()
     seen = []
     with_progress = fingerprint(large, lambda done, total: seen.append((done, total)))
     total = sum(p.nbytes for p in large.parameters())
-    assert total > 32 << 20
     assert seen[-1] == (total, total)
     parts = {path: fingerprint(layer).modules[""].tensors for path, layer in large.named_children()}
     assert {path: with_progress.modules[path].tensors for path in parts} == parts
