@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    import torch
+
     from evalcache.cache import Cache
     from evalcache.integrations.scoring import Score
 
@@ -224,6 +226,7 @@ def loglikelihood(
     cache: Cache | None = None,
     batch_tokens: int = 8192,
     max_length: int | None = None,
+    softmax_dtype: torch.dtype | None = None,
 ) -> list[Score]:
     """Log-probabilities of continuations, scored in length-sorted batches, from the store where they are known.
 
@@ -233,6 +236,7 @@ def loglikelihood(
         cache: where to look and store; None means this process's session, as in `wrap`.
         batch_tokens: padded tokens of one batch; no part of the key.
         max_length: tokens that the model can read; None means its config's. Longer inputs lose their beginning.
+        softmax_dtype: in which logits become log-probabilities; None means ``torch.float32``.
 
     Returns:
         One `Score` per pair, in order: the sum, one log-probability per token, and whether greedy decoding would say the same.
@@ -243,7 +247,10 @@ def loglikelihood(
     from evalcache.integrations import scoring
 
     cache = cache if cache is not None else session_cache()
-    return scoring.loglikelihood(model, tokenizer, pairs, cache=cache, batch_tokens=batch_tokens, max_length=max_length)
+    settings = {} if softmax_dtype is None else {"softmax_dtype": softmax_dtype}
+    return scoring.loglikelihood(
+        model, tokenizer, pairs, cache=cache, batch_tokens=batch_tokens, max_length=max_length, **settings
+    )
 
 
 def session_cache() -> Cache | None:

@@ -153,3 +153,18 @@ def test_training_mode_is_computed_and_counted(tokenizer, tmp_path):
     assert len(loglikelihood(model, tokenizer, PAIRS, cache=cache)) == len(PAIRS)
     assert cache.counts.uncacheable == {"training": len(PAIRS)}
     cache.close()
+
+
+def test_the_dtype_of_the_softmax_is_keyed(tokenizer, tmp_path):
+    model = tiny.build("llama").to(torch.bfloat16)
+    asked = {
+        dtype: loglikelihood(model, tokenizer, PAIRS, cache=None, softmax_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert asked[torch.float32] != asked[torch.bfloat16]
+    for hits in (0, 5):
+        for dtype, bare in asked.items():
+            cache = Cache(tmp_path)
+            assert loglikelihood(model, tokenizer, PAIRS, cache=cache, softmax_dtype=dtype) == bare
+            assert cache.counts.hits == hits
+            cache.close()

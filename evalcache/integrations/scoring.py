@@ -22,10 +22,8 @@ from evalcache.integrations.probe import batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
 from evalcache.records import Action, Environment, Fields, Request, Result, pack_logprobs, pack_tokens, unpack_logprobs
+from evalcache.tensors import dtype_name
 from evalcache.watch import Watch
-
-SETTINGS = Fields({"softmax_dtype": "float32"})
-
 
 Row = tuple[list[int], list[int]]
 """Ids of a context and of its continuation."""
@@ -54,6 +52,7 @@ def loglikelihood(
     cache: Cache | None,
     batch_tokens: int = 8192,
     max_length: int | None = None,
+    softmax_dtype: torch.dtype = torch.float32,
 ) -> list[Score]:
     """Score continuations, from the store where they are known.
 
@@ -63,6 +62,7 @@ def loglikelihood(
         cache: where to look and store; None means that everything is computed.
         batch_tokens: padded tokens of one batch; no part of the key.
         max_length: tokens that the model can read; None means its config's. Longer inputs lose their beginning.
+        softmax_dtype: in which logits become log-probabilities; those of bfloat16 differ by up to 0.12.
 
     Returns:
         One `Score` per pair, in order.
@@ -81,35 +81,38 @@ def loglikelihood(
     if not rows:
         return []
     if cache is None:
-        bare = dict(_compute(model, rows, batch_tokens, range(len(rows))))
+        bare = dict(_compute(model, rows, batch_tokens, softmax_dtype, range(len(rows))))
         return [_score(bare[place]) for place in range(len(rows))]
     seam = Seam.of(cache)
     watch = seam.watch(model)
     with watch.lock:
         try:
             try:
-                results = _serve(seam, watch, model, rows, batch_tokens)
+                results = _serve(seam, watch, model, rows, batch_tokens, softmax_dtype)
             except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
-                results = _serve(seam, watch, model, rows, batch_tokens)
+                results = _serve(seam, watch, model, rows, batch_tokens, softmax_dtype)
         except UncacheableError as error:
-            made = dict(_compute(model, rows, batch_tokens, range(len(rows))))
+            made = dict(_compute(model, rows, batch_tokens, softmax_dtype, range(len(rows))))
             seconds = sum(result.cost.seconds for result in made.values() if result.cost)
             cache.uncacheable(error.reason, error.detail, requests=len(rows), seconds=seconds, client=CLIENT)
             results = [made[place] for place in range(len(rows))]
     return [_score(result) for result in results]
 
 
-def _serve(seam: Seam, watch: Watch, model: Any, rows: Sequence[Row], batch_tokens: int) -> list[Result]:
+def _serve(
+    seam: Seam, watch: Watch, model: Any, rows: Sequence[Row], batch_tokens: int, softmax_dtype: torch.dtype
+) -> list[Result]:
     manifest, environment = seam.look(model, watch)
     if "dynamic" in batch_dependent(model.config):
         raise UncacheableError("unsupported", "a dynamic rotary embedding remembers the rows before")
     if seam.cache.match == "strict":
         batch = digest_canonical([batch_tokens, [[pack_tokens(context), pack_tokens(tail)] for context, tail in rows]])
         environment = Environment(Fields(dict(environment.keyed) | {"batch": batch.value}), environment.recorded)
+    settings = Fields({"softmax_dtype": dtype_name(softmax_dtype)})
     actions = [
         Action(
             manifest.root,
-            Request("loglikelihood", pack_tokens(context), SETTINGS, {"continuation": pack_tokens(continuation)}),
+            Request("loglikelihood", pack_tokens(context), settings, {"continuation": pack_tokens(continuation)}),
             environment,
         )
         for context, continuation in rows
@@ -117,7 +120,7 @@ def _serve(seam: Seam, watch: Watch, model: Any, rows: Sequence[Row], batch_toke
 
     def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
         seam.wake(model, watch, manifest)
-        return _compute(model, rows, batch_tokens, missing)
+        return _compute(model, rows, batch_tokens, softmax_dtype, missing)
 
     return seam.cache.serve(watch, actions, compute, client=CLIENT, all_or_none=seam.cache.match == "strict")
 
@@ -147,7 +150,9 @@ def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> Row:
     return head[-(limit + 1 - len(tail)) :], tail
 
 
-def _compute(model: Any, rows: Sequence[Row], batch_tokens: int, missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
+def _compute(
+    model: Any, rows: Sequence[Row], batch_tokens: int, softmax_dtype: torch.dtype, missing: Sequence[int]
+) -> Iterator[tuple[int, Result]]:
     model = lazy.awake(model)
     shared: dict[tuple[int, ...], list[int]] = {}
     for place in missing:
@@ -162,12 +167,16 @@ def _compute(model: Any, rows: Sequence[Row], batch_tokens: int, missing: Sequen
         count = 1 if alone else max(1, batch_tokens // width)
         batch = inputs[start : start + count]
         start += count
-        yield from _score_batch(model, rows, batch, [shared[one] for one in batch])
+        yield from _score_batch(model, rows, softmax_dtype, batch, [shared[one] for one in batch])
 
 
 @torch.no_grad()
 def _score_batch(
-    model: Any, rows: Sequence[Row], batch: Sequence[tuple[int, ...]], places: Sequence[list[int]]
+    model: Any,
+    rows: Sequence[Row],
+    softmax_dtype: torch.dtype,
+    batch: Sequence[tuple[int, ...]],
+    places: Sequence[list[int]],
 ) -> list[tuple[int, Result]]:
     device = model.device
     width = max(len(one) for one in batch)
@@ -185,11 +194,11 @@ def _score_batch(
             for place in places[row]:
                 continuation = rows[place][1]
                 end = virtual + len(one)
-                steps = logits[row, end - len(continuation) : end].float()
+                steps = torch.log_softmax(logits[row, end - len(continuation) : end], dim=-1, dtype=softmax_dtype)
                 target = torch.tensor(continuation, device=device)
-                logprobs = torch.log_softmax(steps, dim=-1).gather(1, target[:, None])[:, 0]
+                # Of the log-probabilities, as clients do: in a short dtype two logits may round to one of them.
                 greedy = bool((steps.argmax(dim=-1) == target).all())
-                scored.append((row, place, logprobs.tolist(), greedy))
+                scored.append((row, place, steps.gather(1, target[:, None])[:, 0].tolist(), greedy))
     watch = Stopwatch(watch.total_s, watch.total_s)  # all of it is reading
     costs = share(watch, [len(one) for one in batch], [0] * len(batch), device_name(device.type))
     results = []
