@@ -10,7 +10,7 @@ import enum
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from evalcache.canonical import digest_canonical
@@ -58,6 +58,7 @@ class AttributeEncoder:
         self._encode_object = encode_object
         self._configs: dict[int, Digest] = {}
         self._holders: dict[str, Digest] = {}
+        self._held: dict[str, Any] = {}
         self._inside: set[int] = set()
         self._configuring = 0
         self.kernels: set[str] = set()
@@ -77,6 +78,9 @@ class AttributeEncoder:
                 names += (name, kind, value.hex())  # -0.0 == 0.0, and yet they divide differently
             elif not _is_ours_or_instance_method(module, name, value):
                 rest[name] = value
+        for name in _slots(type(module)):
+            if hasattr(module, name):
+                rest[f"slot {name}"] = getattr(module, name)
         others: dict[str, Any] = {}
         for name, value in rest.items():
             if is_config(value):
@@ -103,18 +107,42 @@ class AttributeEncoder:
         """Digests of the configs by the path that holds them, those left out that equal the one of the enclosing module."""
         kept: dict[str, Digest] = {}
         for path, digest in self._holders.items():
-            parts = path.split(".")
-            # `a.b.config` is enclosed by `a.config` and `config`; a module without a config of its own passes it through.
-            above = (".".join([*parts[:depth], parts[-1]]) for depth in range(len(parts) - 2, -1, -1))
-            if next((self._holders[name] for name in above if name in self._holders), None) != digest:
+            if self._enclosing(path, self._holders) != digest:
                 kept[path] = digest
         return kept
+
+    def differing_kernels(self) -> list[list[Any]]:
+        """The kernels that configs choose otherwise than the enclosing module's, where the environment does not say so.
+
+        It says what the outermost config and those in it choose. A module may hold a copy.
+        """
+        covered: set[int] = set()
+        waiting = [config for path, config in self._held.items() if path == "config"]
+        while waiting:
+            config = waiting.pop()
+            covered.add(id(config))
+            inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+            waiting += [one for one in inside if is_config(one) and id(one) not in covered]
+        chosen = {path: [str(vars(config).get(name)) for name in _KERNELS] for path, config in self._held.items()}
+        return [
+            [path, choice]
+            for path, choice in chosen.items()
+            if id(self._held[path]) not in covered and self._enclosing(path, chosen) != choice
+        ]
+
+    @staticmethod
+    def _enclosing(path: str, values: Mapping[str, Any]) -> Any:
+        # `a.b.config` is enclosed by `a.config` and `config`; a module without a config of its own passes it through.
+        parts = path.split(".")
+        above = (".".join([*parts[:depth], parts[-1]]) for depth in range(len(parts) - 2, -1, -1))
+        return next((values[name] for name in above if name in values), None)
 
     def _config(self, config: Any, path: str) -> None:
         # Only the root of the manifest holds configs: else one edited field would make every module look changed.
         if id(config) not in self._configs:
             self._configs[id(config)] = digest_canonical(self.config_value(config, path))
         self._holders[path] = self._configs[id(config)]
+        self._held[path] = config
 
     def config_value(self, config: Any, path: str) -> Any:
         """Canonical value of a config object, nested ones included."""
@@ -168,6 +196,13 @@ class AttributeEncoder:
 
 
 _known: dict[tuple[Any, ...], Digest] = {}
+
+
+@functools.cache
+def _slots(cls: type) -> tuple[str, ...]:
+    """Names of values that a module keeps beside its ``__dict__``."""
+    found = [name for base in cls.__mro__ for name, kind in vars(base).items() if isinstance(kind, types.MemberDescriptorType)]
+    return tuple(sorted(set(found)))
 
 
 def _exact(value: Any) -> Any:

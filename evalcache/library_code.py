@@ -245,7 +245,7 @@ class LibraryCode:
             if not any(known is value for known in self.interfaces.values()):
                 self.interfaces[where] = value
             return ["table", class_name(type(value))]
-        if _is_users(type(value)):
+        if _is_users(type(value)) or type(value).__module__ == "unittest.mock":
             raise _replaced(where, type(value))
         if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
             return ["wrapped", class_name(type(value)), self._function(value.__wrapped__, where)]

@@ -6,11 +6,14 @@ the source bytes of each file count too. It is done afresh at every check: such 
 
 from __future__ import annotations
 
+import collections
 import dis
 import enum
 import functools
 import logging
+import os
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,10 +38,12 @@ from evalcache.errors import FingerprintError
 from evalcache.library_code import LibraryCode
 
 _DYNAMIC_NAMES = frozenset({"getattr", "globals", "locals", "vars", "eval", "exec", "import_module", "__import__"})
+_EVALUATED = frozenset({"eval", "exec"})
 _LOOK_UP = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME"))
 # They shape no answer, and their insides (handlers, locks) cannot be hashed.
 _INERT = ("typing", "_thread", "_abc", "abc")
 _HEAP_TYPE = 1 << 9
+_HAS_DOCSTRING = 1 << 26
 _COMPILED = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
 
 
@@ -119,14 +124,16 @@ class UserCode:
     def _object(self, value: Any) -> Any:
         kind = type(value)
         if isinstance(value, types.ModuleType):
-            return ["module", value.__name__]
+            inside = vars(value).items() if _is_users_module(value) else ()
+            return ["module", value.__name__, [[name, self._value(item)] for name, item in inside if not name.startswith("__")]]
         if isinstance(value, re.Pattern):
             return ["pattern", value.pattern, value.flags]
         if isinstance(value, (logging.Logger, types.GenericAlias, types.UnionType)) or kind.__module__ in _INERT:
             return ["inert", kind.__name__]
         if isinstance(value, dict):  # OrderedDict, defaultdict, a user's own
             items = [[self._value(key), self._value(item)] for key, item in value.items()]
-            return [self._class(kind), items, self._insides(value)]
+            missing = value.default_factory if isinstance(value, collections.defaultdict) else None
+            return [self._class(kind), items, self._insides(value), self._value(missing)]
         if _is_kernel_table(value):  # what is chosen from it is hashed where the configuration names it
             return ["kernels", class_name(kind)]
         try:
@@ -141,28 +148,30 @@ class UserCode:
         return [[name, self._value(item)] for name, item in sorted(inside.items())]
 
     def _function(self, function: types.FunctionType) -> Any:
-        cells = [self._value(cell_value(cell)) for cell in function.__closure__ or ()]
+        code = function.__code__
+        names = _named(code)
+        cells = [self._global(cell_value(cell), names) for cell in function.__closure__ or ()]
         defaults = [self._value(function.__defaults__), self._value(function.__kwdefaults__)]
         origin = origin_of(function)
         if origin is not None:
             # A library's decorator around the user's function: the function is in the closure.
             own = self._library.function(function) if not cells else digest_canonical(code_value(function.__code__)).value
             return ["library", origin, function.__module__, function.__qualname__, own, cells, defaults]
-        code = function.__code__
-        names = _named(code)
-        reached = [
-            [name, self._global(function.__globals__[name], names)] for name in _looked_up(code) if name in function.__globals__
-        ]
-        return [code_value(code), defaults, cells, reached, self._source(function, names)]
+        known = function.__globals__
+        reached = [[name, self._global(known[name], names)] for name in _looked_up(code) if name in known]
+        reached += [[module.__name__, self._global(module, names)] for module in _imported_modules(function)]
+        if {"environ", "getenv"}.intersection(names):
+            reached += [["environ", name, os.environ.get(name)] for name in _texts(code)]
+        own = [[name, self._value(item)] for name, item in sorted(vars(function).items()) if not name.startswith("__")]
+        return [code_value(code), defaults, cells, reached, own, self._source(function, names)]
 
-    def _global(self, value: Any, names: Iterable[str]) -> Any:
+    def _global(self, value: Any, names: Iterable[str], above: tuple[Any, ...] = ()) -> Any:
         """A global that the code names; of a user's module, those of its attributes that the code may reach."""
-        if isinstance(value, types.ModuleType) and library_of(getattr(value, "__file__", None) or "<frozen >") is None:
+        if isinstance(value, types.ModuleType) and _is_users_module(value):
+            if any(value is one for one in above):  # packages and their modules import each other
+                return ["module again"]
             inside = vars(value)
-            return [
-                "module",
-                [[name, self._global(inside[name], names)] for name in names if name in inside and inside[name] is not value],
-            ]
+            return ["module", [[name, self._global(inside[name], names, (*above, value))] for name in names if name in inside]]
         return self._value(value)
 
     def _class(self, cls: type) -> Any:
@@ -195,23 +204,77 @@ class UserCode:
         return _source_digest(function.__code__.co_filename)
 
 
-def _named(code: types.CodeType) -> list[str]:
-    """All names that a code object and those nested in it use, attributes too, in a fixed order."""
+@functools.lru_cache(maxsize=4096)
+def _named(code: types.CodeType) -> tuple[str, ...]:
+    """All names that a code object and those nested in it use, attributes too, in a fixed order; where it looks up by name, its
+    texts as well."""
     names = dict.fromkeys(code.co_names)
+    if _DYNAMIC_NAMES.intersection(names):
+        names.update(dict.fromkeys(_texts_as_names(code)))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(_named(constant)))
-    return list(names)
+    return tuple(names)
 
 
 @functools.lru_cache(maxsize=4096)
 def _looked_up(code: types.CodeType) -> tuple[str, ...]:
     """The globals that a code object and those nested in it look up."""
     names = dict.fromkeys(one.argval for one in dis.get_instructions(code) if one.opcode in _LOOK_UP)
+    if _DYNAMIC_NAMES.intersection(names):
+        names.update(dict.fromkeys(_texts_as_names(code)))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(_looked_up(constant)))
     return tuple(names)
+
+
+def _texts(code: types.CodeType) -> list[str]:
+    """The texts in a code object and those nested in it, docstrings left out."""
+    documented = code.co_flags & _HAS_DOCSTRING if sys.version_info >= (3, 13) else not code.co_name.startswith("<")
+    found = [one for one in code.co_consts[1 if documented else 0 :] if isinstance(one, str)]
+    # Keyword names and tuples of names are constants, too.
+    found += [text for one in code.co_consts if isinstance(one, tuple) for text in one if isinstance(text, str)]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _texts(constant)
+    return sorted(set(found))
+
+
+def _texts_as_names(code: types.CodeType) -> list[str]:
+    """What the texts of code that looks up by name may mean: a name each, or every name in a text that is evaluated."""
+    evaluated = _EVALUATED.intersection(code.co_names)
+    return sorted({name for text in _texts(code) for name in ([text] if not evaluated else re.findall(r"[^\W\d]\w*", text))})
+
+
+@functools.lru_cache(maxsize=4096)
+def _imports(code: types.CodeType) -> tuple[str, ...]:
+    """The names of modules that a code object and those nested in it import while they run; relative ones without their dots."""
+    names = dict.fromkeys(one.argval for one in dis.get_instructions(code) if one.opname == "IMPORT_NAME")
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_imports(constant)))
+    return tuple(names)
+
+
+def _imported_modules(function: types.FunctionType) -> list[types.ModuleType]:
+    """The user's modules that a function imports while it runs, as far as they have been imported by now."""
+    names = _imports(function.__code__)
+    if not names:
+        return []
+    package = str(function.__globals__.get("__package__") or "").split(".")
+    around = [".".join(package[:depth]) for depth in range(len(package), 0, -1) if package[0]]
+    wanted = [one for name in names for one in (name, name.partition(".")[0], *(f"{up}.{name}".rstrip(".") for up in around))]
+    found = [sys.modules.get(name) for name in dict.fromkeys(wanted)]
+    return [module for module in found if isinstance(module, types.ModuleType) and _is_users_module(module)]
+
+
+def _is_users_module(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    if file:
+        return library_of(file) is None
+    # A package without a file of its own, or one that was made at run time; those compiled into Python have none either.
+    return type(module) is types.ModuleType and getattr(module.__spec__, "origin", None) not in ("built-in", "frozen")
 
 
 def _is_kernel_table(value: Any) -> bool:

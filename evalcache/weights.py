@@ -126,7 +126,9 @@ class Fingerprinter:
                 _library.guard()
                 for wrapper in wrappers:
                     refuse_wrapper(wrapper, module)
-                    if is_library_class(type(wrapper)) and type(wrapper).__name__ != "OptimizedModule":
+                    if not is_library_class(type(wrapper)):
+                        raise FingerprintError("", f"{type(wrapper).__qualname__}, a wrapper of one's own", "patched")
+                    if type(wrapper).__name__ != "OptimizedModule":
                         _library.digest(type(wrapper))  # raises if it was patched
                 walk.visit(module, "")
             manifest = Manifest(walk.modules, walk.encoder.config_digests())
@@ -217,6 +219,8 @@ class _Walk:
         attributes = self.encoder.module_attributes(module, path)
         if attributes is not None:
             parts["attributes"] = attributes
+        if not is_library_class(cls) and (marks := self._marks(module, path)):
+            parts["marks"] = digest_canonical(marks)
         if compiled:
             parts["compiled"] = digest_canonical(compiled)
         if extra:
@@ -254,6 +258,8 @@ class _Walk:
         parts["runtime"] = _library.runtime(transformers=transformers)
         if self.encoder.kernels:
             parts["kernels"] = self._kernels()
+        if differing := self.encoder.differing_kernels():
+            parts["kernels of modules"] = digest_canonical(differing)
 
     def _kernels(self) -> Digest:
         """The tables from which kernels are chosen: the library's own functions, and of foreign ones those that are chosen."""
@@ -276,6 +282,17 @@ class _Walk:
         # The library's functions are guarded; a user's may reach anything, and are looked at each time.
         self._owner._kernels = None if foreign else (signature, digest)
         return digest
+
+    def _marks(self, module: nn.Module, path: str) -> list[Any]:
+        """What a user's module may read from its tensors beside their bytes: attributes that were set on them."""
+        owned = {**module.__dict__["_parameters"], **module.__dict__["_buffers"]}
+        return [
+            [name, key, self.encoder.encode(value, path)]
+            for name, tensor in sorted(owned.items())
+            if tensor is not None
+            for key, value in sorted(vars(tensor).items())
+            if key != "_is_hf_initialized"
+        ]
 
     def _extra_state(self, module: nn.Module, path: str) -> list[Any]:
         """What a class adds to its saved state beside parameters and buffers (bitsandbytes' quantisation state, …)."""
