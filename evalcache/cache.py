@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evalcache.counts import Counts
@@ -27,7 +27,8 @@ from evalcache.key import key_of
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
 from evalcache.provenance import describe_run
-from evalcache.records import Action, Hit, Miss, Policy, Result, Uncacheable
+from evalcache.records import Action, Hit, Miss, Policy, Result
+from evalcache.serving import Labels, Made, Serving, Told
 from evalcache.store import Store
 from evalcache.watch import Batch, Watch
 
@@ -115,11 +116,19 @@ class Cache:
             return manifest
 
     def serve(
-        self, watch: Watch, actions: Sequence[Action], compute: Compute, *, client: str = "", all_or_none: bool = False
+        self,
+        watch: Watch,
+        actions: Sequence[Action],
+        compute: Compute,
+        *,
+        client: str = "",
+        labels: Labels | None = None,
+        all_or_none: bool = False,
     ) -> list[Result]:
         """Results for ``actions`` in their order: stored ones for hits, and ``compute`` for the others.
 
         Args:
+            labels: tasks and documents, for the ledger.
             all_or_none: where one misses, all are computed: for actions whose batch is part of their key.
 
         Equal actions are computed once. The caller has called `open`; what was computed is stored once a later check has
@@ -128,26 +137,49 @@ class Cache:
         Raises:
             ReplayMissError: the policy is ``replay`` and an action is not in the store.
         """
-        counts = self.counts
+        with self.serving(watch, actions, client=client, labels=labels, all_or_none=all_or_none) as serving:
+            if missing := serving.missing:
+                for position, result in compute(missing):
+                    serving.put(position, result)
+        return serving.results()
+
+    @contextlib.contextmanager
+    def serving(
+        self,
+        watch: Watch,
+        actions: Sequence[Action],
+        *,
+        client: str = "",
+        labels: Labels | None = None,
+        all_or_none: bool = False,
+    ) -> Iterator[Serving]:
+        """`serve` for engines that hand their results over themselves: the block puts one for each missing position.
+
+        What was put is kept although the block raises.
+        """
         began = time.perf_counter()
         keys = [key_of(action) for action in actions]
         keyed = time.perf_counter()
-        first: dict[Digest, int] = {}
-        for position, key in enumerate(keys):
-            first.setdefault(key, position)
-        found = self._read(list(first)) if self.policy.reads else {}
-        lookups = {key: decide(self.policy, key, found.get(key)) for key in first}
+        distinct = list(dict.fromkeys(keys))
+        found = self._read(distinct) if self.policy.reads else {}
+        lookups = {key: decide(self.policy, key, found.get(key)) for key in distinct}
         if all_or_none and not all(isinstance(lookup, Hit) for lookup in lookups.values()):
             lookups = {key: Miss("batch") if isinstance(lookup, Hit) else lookup for key, lookup in lookups.items()}
-        counts.overhead["keys"] += keyed - began
-        counts.overhead["lookup"] += time.perf_counter() - keyed
+        self.counts.overhead["keys"] += keyed - began
+        self.counts.overhead["lookup"] += time.perf_counter() - keyed
 
-        missing = [position for key, position in first.items() if not isinstance(lookups[key], Hit)]
-        results: dict[Digest, Result] = {key: lookup.entry.result for key, lookup in lookups.items() if isinstance(lookup, Hit)}
-        if missing:
-            self._compute(watch, keys, actions, compute, missing, results)
-        self._tell_lookups(watch, keys, first, lookups, results, client)
-        return [results[key] for key in keys]
+        def hand_over(made: list[Made], more: bool) -> None:
+            if self.policy.writes:
+                self._wait_for_check(watch, made[0][1].model, made, more)
+
+        serving = Serving(actions, keys, lookups, hand_over, COMMIT_S, labels)
+        whole = False
+        try:
+            yield serving
+            whole = True
+        finally:
+            serving.flush()
+            self._tell_lookups(watch, serving.told(computed_only=not whole), client)
 
     def uncacheable(
         self, reason: str, detail: str = "", *, requests: int = 1, seconds: float | None = None, client: str = ""
@@ -258,31 +290,6 @@ class Cache:
             self._warn_once(error)
             return {}
 
-    def _compute(
-        self,
-        watch: Watch,
-        keys: Sequence[Digest],
-        actions: Sequence[Action],
-        compute: Compute,
-        missing: list[int],
-        results: dict[Digest, Result],
-    ) -> None:
-        batch: list[tuple[Digest, Action, Result]] = []
-        since = time.monotonic()
-
-        def hand_over(force: bool) -> None:
-            if batch and self.policy.writes:
-                self._wait_for_check(watch, actions[missing[0]].model, list(batch), force)
-            batch.clear()
-
-        for position, result in compute(missing):
-            results[keys[position]] = result
-            batch.append((keys[position], actions[position], result))
-            if time.monotonic() - since > COMMIT_S:
-                hand_over(True)
-                since = time.monotonic()
-        hand_over(False)
-
     def _meet(self, watch: Watch, manifest: Manifest) -> None:
         with self._lock:
             name = watch.name or str(manifest.about.get("name") or manifest.about.get("class") or "model")
@@ -325,46 +332,27 @@ class Cache:
             self.counts.misses -= number
             self.counts.uncacheable[reason] += number
 
-    def _tell_lookups(self, watch, keys, first, lookups, results, client) -> None:
-        outcomes, reasons, seconds = [], [], []
+    def _tell_lookups(self, watch: Watch, told: Told, client: str) -> None:
+        if not told.keys:
+            return
         counts = self.counts
         with self._lock:
-            for position, key in enumerate(keys):
-                cost = results[key].cost
-                spent = cost.seconds if cost else None
-                lookup = lookups[key]
-                if first[key] != position:
-                    outcome, reason = "duplicate", ""
+            for outcome, reason, seconds in zip(told.outcomes, told.reasons, told.seconds, strict=True):
+                if outcome == "duplicate":
                     counts.duplicates += 1
-                    counts.duplicate_seconds += spent or 0.0
-                elif isinstance(lookup, Hit):
-                    outcome, reason = "hit", ""
+                    counts.duplicate_seconds += seconds or 0.0
+                elif outcome == "hit":
                     counts.hits += 1
-                    counts.credited_seconds += spent or 0.0
-                elif isinstance(lookup, Uncacheable):
-                    outcome, reason = "uncacheable", lookup.reason
-                    counts.uncacheable[lookup.reason] += 1
+                    counts.credited_seconds += seconds or 0.0
+                elif outcome == "uncacheable":
+                    counts.uncacheable[reason] += 1
                 else:
-                    outcome, reason = "miss", lookup.reason
                     counts.misses += 1
-                    counts.spent_seconds += spent or 0.0
-                outcomes.append(outcome)
-                reasons.append(reason)
-                seconds.append(spent)
+                    counts.spent_seconds += seconds or 0.0
             root = watch.manifest.root.value if watch.manifest else b""
-            self._events.append(
-                LookedUp(
-                    self.run_id,
-                    time.time(),
-                    root,
-                    client,
-                    watch.role,
-                    tuple(key.value for key in keys),
-                    tuple(outcomes),
-                    tuple(reasons),
-                    tuple(seconds),
-                )
-            )
+            keys = tuple(key.value for key in told.keys)
+            columns = [tuple(column) for column in (told.outcomes, told.reasons, told.seconds, told.tasks, told.documents)]
+            self._events.append(LookedUp(self.run_id, time.time(), root, client, watch.role, keys, *columns))
         self._flush_soon()
 
     def _flush_soon(self) -> None:

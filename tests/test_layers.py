@@ -52,6 +52,7 @@ LEVELS = {
     "provenance": 3.5,
     "watch": 4.5,
     "decide": 3,
+    "serving": 3,  # the requests of one call
     "frame": 3,
     "journal": 3,
     "schema": 3,
