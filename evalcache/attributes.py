@@ -10,7 +10,7 @@ import enum
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from evalcache.canonical import digest_canonical
@@ -41,6 +41,11 @@ _NEVER_IN_CONFIG = frozenset(
     "_attn_implementation_internal _experts_implementation_internal "
     "id2label label2id problem_type finetuning_task task_specific_params torchscript _auto_class auto_map".split()
 )
+# Of these a user's code may read all but the following.
+_NEVER_READ = frozenset(
+    "_hf_hook _old_forward _compiled_call_impl hf_device_map _require_grads_hook _require_grads_hooks generation_config "
+    "_attn_implementation_internal _experts_implementation_internal".split()
+)
 _KERNELS = ("_attn_implementation_internal", "_experts_implementation_internal")
 _CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
 _FAST = frozenset({bool, int, str, type(None)})
@@ -51,9 +56,16 @@ class AttributeEncoder:
 
     Args:
         encode_code: canonical value of a function or class. encode_object: of a tensor, module or torch value, or raises.
+        read: names that the user's code reads: they count, whatever they mean to a library.
     """
 
-    def __init__(self, encode_code: Callable[[Any, str], Any], encode_object: Callable[[Any, str], Any]) -> None:
+    def __init__(
+        self,
+        encode_code: Callable[[Any, str], Any],
+        encode_object: Callable[[Any, str], Any],
+        read: Set[str] = frozenset(),
+    ) -> None:
+        self._read = read - _NEVER_READ
         self._encode_code = encode_code
         self._encode_object = encode_object
         self._configs: dict[int, Digest] = {}
@@ -69,7 +81,7 @@ class AttributeEncoder:
         names: list[Any] = []
         rest: dict[str, Any] = {}
         for name, value in module.__dict__.items():
-            if name in _STRUCTURE or name in _NEVER:
+            if name in _STRUCTURE or (name in _NEVER and name not in self._read):
                 continue
             kind = type(value)
             if kind in _FAST:
@@ -158,7 +170,8 @@ class AttributeEncoder:
                 name: self.encode(str(value).removeprefix("torch.") if name == "dtype" else value, f"{path}.{name}")
                 for name, value in sorted(vars(config).items())
                 # Loading repeats the class's own model type in the instance.
-                if name not in _NEVER_IN_CONFIG and not (name == "model_type" and value == type(config).model_type)
+                if (name not in _NEVER_IN_CONFIG or name in self._read)
+                and not (name == "model_type" and value == type(config).model_type)
             }
         finally:
             self._inside.discard(id(config))
@@ -190,7 +203,7 @@ class AttributeEncoder:
         if kind in (dict, OrderedDict, types.MappingProxyType):
             items = [[self.encode(key, path), self.encode(item, path)] for key, item in value.items()]
             return ["dict", *(sorted(items, key=_order) if self._configuring else items)]
-        if kind.__module__ == "numpy" and not value.dtype.hasobject:
+        if kind.__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return ["numpy", str(value.dtype), list(value.shape), value.tobytes()]
         return self._encode_object(value, path)
 

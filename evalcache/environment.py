@@ -7,6 +7,7 @@ device's name, the batch): it is stored with each entry, and keyed under ``EVALC
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from evalcache.errors import EvalCacheError
 from evalcache.records import Environment, Fields
 
 MATCHES = ("portable", "strict")
+# By these the libraries below torch compute with fewer bits than it asks for, or with more.
+_VARIABLES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
+_SMALLEST = 5e-324
 
 
 def describe_environment(
@@ -61,13 +65,17 @@ def describe_environment(
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
             torch.backends.cuda.cudnn_sdp_enabled(),
+            torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
         ],
+        "flush_denormal": _SMALLEST * 1.0 == 0.0,  # torch does not tell; its setting holds for all arithmetic of a thread
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
     if "cuda" in kind:
         matmul = torch.backends.cuda.matmul
         keyed["reduced_precision"] = [
             str(matmul.allow_fp16_reduced_precision_reduction),
             str(matmul.allow_bf16_reduced_precision_reduction),
+            str(getattr(matmul, "allow_fp16_accumulation", "")),
             torch.backends.cudnn.allow_tf32,
         ]
     recorded = {"device_name": device_name(kind), "deterministic": torch.are_deterministic_algorithms_enabled()}

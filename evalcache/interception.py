@@ -19,6 +19,9 @@ from evalcache.errors import FingerprintError
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 _HARMLESS_HOOK_FILES = ("/transformers/utils/output_capturing.py", "/accelerate/hooks.py")
+# They ask for gradients at a model's input, which a model prepared for training keeps; nothing is computed by them.
+_HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
+_GRADIENT_FILES = ("/transformers/modeling_utils.py", "/peft/peft_model.py", "/peft/utils/other.py")
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 # Methods that say or move something, and compute nothing: torchao sets `extra_repr`, accelerate the others.
 _SILENT_METHODS = frozenset("extra_repr to cuda npu mlu sdaa musa xpu neuron".split())
@@ -116,7 +119,9 @@ def _is_harmless(hook: Any) -> bool:
         return False
     if origin_of(getattr(inner, "__func__", inner)) == "evalcache":
         return True
-    return library_of(code.co_filename) is not None and code.co_filename.endswith(_HARMLESS_HOOK_FILES)
+    asks_for_gradients = code.co_name in _HARMLESS_HOOKS and code.co_filename.endswith(_GRADIENT_FILES)
+    harmless = asks_for_gradients or code.co_filename.endswith(_HARMLESS_HOOK_FILES)
+    return harmless and library_of(code.co_filename) is not None
 
 
 def _is_accelerate_class(hook: Any) -> bool:

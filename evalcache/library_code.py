@@ -80,7 +80,7 @@ class LibraryCode:
     def _forget(self) -> None:
         self._digests: dict[type, Digest] = {}
         self._runtimes: dict[bool, Digest] = {}
-        self._classes: dict[str, Digest] = {}
+        self._classes: dict[type, Digest] = {}
         self._function_digests: dict[int, Digest] = {}
         self._modules: dict[str, tuple[Digest, frozenset[str]]] = {}
         self._spaces: list[Space] = []
@@ -177,9 +177,9 @@ class LibraryCode:
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         top = library_of(file) if file else "python"
         version = version_of(top) or "" if top and top != "python" else ""
-        found = self._classes.get(name)
+        found = self._classes.get(cls)  # not by name: classes that are made at run time share theirs
         if found is None:
-            found = self._classes[name] = digest_canonical(self._namespace(cls, name))
+            found = self._classes[cls] = digest_canonical(self._namespace(cls, name))
         return [name, top or "", version, found.value]
 
     def _reached(self, names: list[str]) -> list[Any]:

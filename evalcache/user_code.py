@@ -14,9 +14,10 @@ import logging
 import os
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from evalcache.canonical import digest_canonical
@@ -128,6 +129,21 @@ class UserCode:
             return ["module", value.__name__, [[name, self._value(item)] for name, item in inside if not name.startswith("__")]]
         if isinstance(value, re.Pattern):
             return ["pattern", value.pattern, value.flags]
+        if isinstance(value, (threading.local, types.SimpleNamespace)):
+            return ["object", self._class(kind), self._insides(value)]
+        if kind.__bases__ == (tuple,) and hasattr(kind, "_fields"):
+            own = {
+                name: one for name, one in vars(kind).items() if isinstance(one, types.FunctionType) and origin_of(one) is None
+            }
+            return ["named", kind.__qualname__, list(kind._fields), self._value(own), [self._value(item) for item in value]]
+        if kind in (range, slice):
+            return [kind.__name__, value.start, value.stop, value.step]
+        if kind is collections.deque:
+            return ["deque", value.maxlen, [self._value(item) for item in value]]
+        if isinstance(value, PurePath) and is_library_class(kind):
+            return ["path", str(value)]
+        if kind.__module__ == "numpy" and kind.__name__ == "ufunc":
+            return ["ufunc", value.__name__]
         if isinstance(value, (logging.Logger, types.GenericAlias, types.UnionType)) or kind.__module__ in _INERT:
             return ["inert", kind.__name__]
         if isinstance(value, dict):  # OrderedDict, defaultdict, a user's own
@@ -202,6 +218,31 @@ class UserCode:
         if function.__module__ == "__main__" and not _DYNAMIC_NAMES.intersection(names):
             return b""  # any other line of a script may change: its prints are nobody's business
         return _source_digest(function.__code__.co_filename)
+
+
+def names_read(cls: type) -> frozenset[str]:
+    """All names that the user's part of a class reads, and the user's functions that it calls."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting = [value for base in cls.__mro__ if not is_library_class(base) for value in vars(base).values()]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            waiting.append(value.__func__)
+        elif isinstance(value, property):
+            waiting += [value.fget, value.fset]
+        elif isinstance(value, (functools.partial, functools.partialmethod, functools.cached_property)):
+            waiting.append(value.func)
+        elif isinstance(value, types.FunctionType):
+            waiting += [cell_value(cell) for cell in value.__closure__ or ()]
+            if origin_of(value) is None:
+                found.update(_named(value.__code__))
+                space = value.__globals__
+                waiting += [space[name] for name in _looked_up(value.__code__) if isinstance(space.get(name), types.FunctionType)]
+    return frozenset(found)
 
 
 @functools.lru_cache(maxsize=4096)

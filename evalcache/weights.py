@@ -32,7 +32,7 @@ from evalcache.kernels import kernel_tables
 from evalcache.library_code import LibraryCode
 from evalcache.manifest import Manifest, ModuleRecord, TensorRecord
 from evalcache.tensors import hash_tensor, hash_tensors, is_readable, module_tensors, owned_tensors, special_record, tensor_bytes
-from evalcache.user_code import UserCode
+from evalcache.user_code import UserCode, names_read
 from evalcache.wrappers import awake, unwrap, unwrapped
 
 __all__ = ["Fingerprinter", "fingerprint", "library_digests", "tensor_bytes", "unwrap"]
@@ -115,11 +115,11 @@ class Fingerprinter:
     def manifest(self, progress: Progress | None = None) -> Manifest:
         """The manifest of the model as it is now. Raises and costs: see `fingerprint`."""
         refuse_interception()
-        walk = _Walk(self, progress)
         outer = self._module()
         if outer is None:
             raise FingerprintError("", "the model is gone")
         *wrappers, module = unwrapped(outer)
+        walk = _Walk(self, progress, module)
         walk.hash_tensors(module)
         try:
             with _scanning:
@@ -145,7 +145,7 @@ class Fingerprinter:
 class _Walk:
     """One pass over a model."""
 
-    def __init__(self, owner: Fingerprinter, progress: Progress | None) -> None:
+    def __init__(self, owner: Fingerprinter, progress: Progress | None, module: nn.Module) -> None:
         self._owner = owner
         self._progress = progress
         self._leaves: dict[int, TensorRecord] = {}
@@ -156,7 +156,9 @@ class _Walk:
         self._holding: list[nn.Module] = []
         self._above: set[int] = set()
         self.path = ""
-        self.encoder = AttributeEncoder(self._encode_code, self._encode_object)
+        own = [cls for cls in {type(one) for one in module.modules()} if not is_library_class(cls)]
+        read = frozenset[str]().union(*map(names_read, own))
+        self.encoder = AttributeEncoder(self._encode_code, self._encode_object, read)
         self.modules: dict[str, ModuleRecord] = {}
 
     # --- tensors -------------------------------------------------------------------------------------------------------
