@@ -95,7 +95,8 @@ def assemble_batch(call: Call, result: Result) -> Any:
         return values["sequences"]
     for name in ("scores", "logits"):
         if name in values:
-            values[name] = tuple(values[name].unbind(0))
+            # Each step in memory of its own, as the engine returns them: one that is kept does not keep the others.
+            values[name] = tuple(step.clone() for step in values[name].unbind(0))
     return _output(call, values)
 
 

@@ -29,6 +29,7 @@ _REFUSED = {
     "prompt_lookup_num_tokens": "assistant",
     "assistant_early_exit": "assistant",
     "use_mtp": "assistant",
+    "is_assistant": "assistant",  # stops where the model is not sure of a token
     "max_time": "max_time",
 }
 # Settings whose processors look at padding of the prompt, or of the encoder's input: values at which they do nothing.
@@ -68,7 +69,7 @@ def effective_settings(config: Any, prefix_length: int, encoder_decoder: bool) -
     values = {name: value for name, value in config.to_dict().items() if value is not None and name not in neutral}
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     for name, reason in _REFUSED.items():
-        if values.get(name):
+        if getattr(config, name, None):
             raise UncacheableError(reason, name)
     if config.output_attentions or config.output_hidden_states:
         raise UncacheableError("output", "attentions or hidden states")
@@ -76,21 +77,27 @@ def effective_settings(config: Any, prefix_length: int, encoder_decoder: bool) -
         raise UncacheableError("unsupported", "paged cache or token healing")
     if mode not in _MODES:
         raise UncacheableError("unsupported", f"generation mode {mode}")
-    inactive = set(_ONLY_ASSISTED)
+    beams = (config.num_beams or 1) > 1
+    if beams and config.low_memory:
+        raise UncacheableError("unsupported", "low_memory, with which beam search raises")
+    inactive = {*_ONLY_ASSISTED, "decoder_start_token_id"}
     if not config.do_sample:
         inactive |= _ONLY_SAMPLING
-    if (config.num_beams or 1) == 1:
+    if not beams:
         inactive |= _ONLY_BEAMS
-    if not encoder_decoder:
-        inactive |= {"decoder_start_token_id"}
     for name in inactive:
         values.pop(name, None)
     if isinstance(values.get("stop_strings"), str):
         values["stop_strings"] = [values["stop_strings"]]
     values["max_new_tokens"] = config.max_length - prefix_length
     values["min_new_tokens"] = max(0, (config.min_length or 0) - prefix_length)
-    ends = values.pop("eos_token_id", None)
-    values["end_ids"] = [] if ends is None else sorted({ends} if isinstance(ends, int) else set(ends))
+    if encoder_decoder:  # the id that begins the answer, which may have come from the begin id
+        start = config._decoder_start_token_tensor.reshape(-1).tolist()
+        values["decoder_start_token_id"] = start[0] if len(start) == 1 else start
+    values.pop("eos_token_id", None)
+    ends = [] if config._eos_token_tensor is None else sorted(config._eos_token_tensor.tolist())
+    # Beams are as many more as there are end ids, an id that is given twice included.
+    values["end_ids"] = ends if beams else sorted(set(ends))
     values.pop("pad_token_id", None)
     pad = config._pad_token_tensor
     values["pad_id"] = None if pad is None else int(pad.reshape(-1)[0])
