@@ -14,6 +14,7 @@ import torch
 from evalcache.errors import UncacheableError
 from evalcache.integrations.generation import Call
 from evalcache.integrations.generators import generator_states, restore_generators
+from evalcache.integrations.processors import describe_processors
 from evalcache.records import Array, Result, pack_tokens, unpack_tokens
 from evalcache.weights import tensor_bytes
 
@@ -61,8 +62,11 @@ def batch_result(call: Call, output: Any) -> Result:
     """A whole batch's output as one Result; for samples, with the states of the generators that followed.
 
     Raises:
-        UncacheableError: ``output``, it holds something that is not stored.
+        UncacheableError: ``output``, it holds something that is not stored; ``processor``, one of the caller's has kept something
+            of this call for its next one, which a served call would not leave behind.
     """
+    if describe_processors(call.arguments.get("logits_processor")) != call.requests[0].settings["processors"]:
+        raise UncacheableError("processor", "one that keeps state from call to call")
     parts: dict[str, torch.Tensor] = {}
     if isinstance(output, torch.Tensor):
         parts["sequences"] = output
