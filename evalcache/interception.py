@@ -59,7 +59,9 @@ def refuse_hooks(module: nn.Module, path: str, inner: nn.Module | None = None) -
     values = module.__dict__
     if _is_sharded(type(module)):
         raise FingerprintError(path, f"{type(module).__name__}: this process sees one shard only", "sharded")
-    if values["training"]:
+    if "training" not in values:
+        raise FingerprintError(path, f"{type(module).__name__} keeps its state outside of Python", "unsupported")
+    if values["training"] and not _ignores_training(type(module)):
         raise FingerprintError(path, f"{type(module).__name__} is in training mode; call model.eval()", "training")
     for kind in _HOOK_DICTS:
         if hooks := values.get(kind):
@@ -110,6 +112,21 @@ def refuse_wrapper(wrapper: nn.Module, inner: nn.Module) -> None:
 @functools.cache
 def _is_sharded(cls: type) -> bool:
     return any(base.__name__ in _SHARDED for base in cls.__mro__)
+
+
+@functools.cache
+def _ignores_training(cls: type) -> bool:
+    """Whether a class of torch computes the same in training mode: a list of layers, say, or a linear layer that was put in."""
+    if not cls.__module__.startswith("torch.nn.") or not is_library_class(cls):
+        return False
+    functions = [value for base in cls.__mro__ if base is not nn.Module for value in vars(base).values()]
+    waiting: list[Any] = [one.__code__ for one in functions if isinstance(one, types.FunctionType)]
+    while waiting:
+        code = waiting.pop()
+        if "training" in code.co_names:
+            return False
+        waiting += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return True
 
 
 def _is_harmless(hook: Any) -> bool:

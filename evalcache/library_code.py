@@ -213,6 +213,9 @@ class LibraryCode:
                 continue  # a table of kernels is looked at where one is chosen
             if is_class and name in state:
                 continue
+            if not is_class and isinstance(value, type) and value.__module__ == where and _is_beside_models(value):
+                parts.append([name, self._class(value)])
+                continue
             content = self._value(value, f"{where}.{name}", is_class=is_class, name=name)
             if content is not None and name not in state:
                 parts.append([name, content])
@@ -342,6 +345,12 @@ def _is_users(cls: type) -> bool:
 def _is_interface(value: Any) -> bool:
     """Whether it is one of transformers' tables of kernels, which everybody may add to: looked at where a kernel is chosen."""
     return isinstance(getattr(type(value), "_global_mapping", None), dict) and hasattr(value, "_local_mapping")
+
+
+def _is_beside_models(cls: type) -> bool:
+    """Whether a class in a model's file is none of its modules: a cache of its own, say, which its forward makes or calls."""
+    is_module = any(base.__module__ == "torch.nn.modules.module" for base in cls.__mro__)
+    return cls.__module__.startswith("transformers.models.") and not is_module
 
 
 def _homes(module: types.ModuleType) -> Iterator[str]:

@@ -129,7 +129,7 @@ def owned_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     for child in module.modules():
         values = child.__dict__
         for kind in ("_parameters", "_buffers"):
-            for tensor in values[kind].values():
+            for tensor in values.get(kind, {}).values():  # a compiled program has none: it is refused where it is met
                 if tensor is not None:
                     yield tensor
 

@@ -449,6 +449,27 @@ def a_mock(stack: contextlib.ExitStack) -> tuple[Any, Change]:
     return build("llama"), change
 
 
+def a_cache_beside_a_model(stack: contextlib.ExitStack) -> tuple[Any, Change]:
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    config = transformers.MiniMaxConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_local_experts=4, block_size=8, initializer_range=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.MiniMaxForCausalLM(config).eval()
+    recall = MiniMaxCache.get_linear_cache
+
+    def forgetful(self: Any, layer: int) -> Any:
+        found = recall(self, layer)
+        return found * -5 if isinstance(found, torch.Tensor) else found
+
+    stack.callback(setattr, MiniMaxCache, "get_linear_cache", recall)
+    return model, lambda: setattr(MiniMaxCache, "get_linear_cache", forgetful)
+
+
 def traced(factor: float) -> Any:
     class Times(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -556,6 +577,7 @@ CASES: dict[str, Callable[[contextlib.ExitStack], tuple[Any, Change]]] = {
     "a mock": a_mock,
     "a traced graph": a_traced_graph,
     "a flag of a config": a_flag_of_a_config,
+    "a cache beside a model": a_cache_beside_a_model,
     "denormals": denormals,
     "fewer virtual tokens": fewer_virtual_tokens,
     "a weighted adapter": weighted,
@@ -592,6 +614,21 @@ def test_a_peft_class_of_ones_own_is_refused(tmp_path: Path) -> None:
         assert told.uncacheable == {"patched": 4}
 
 
+@pytest.mark.parametrize("reason", ["training", "unsupported"])
+def test_what_cannot_be_known_runs_untouched(reason: str, tmp_path: Path) -> None:
+    model = build("llama")
+    layer = model.model.layers[0]
+    if reason == "training":
+        layer.mlp = nn.Sequential(layer.mlp, nn.Dropout(0.0))  # in training mode, as every module that was just made
+    else:
+        layer.mlp = torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.ReLU())).eval()
+    bare = ask(model)
+    with served(tmp_path) as here:
+        output, told = here.ask(ask, model)
+        assert_same(bare, output)
+        assert told.uncacheable == {reason: 4}
+
+
 # --- what is ordinary, and has to be served -------------------------------------------------------------------------------------
 
 
@@ -611,10 +648,25 @@ def asking_for_gradients(model: Any) -> Any:
     return model
 
 
+def shortened(model: Any) -> Any:
+    model.model.layers = nn.ModuleList(list(model.model.layers)[:1])
+    model.config.num_hidden_layers = 1
+    return model
+
+
+def with_another_head(model: Any) -> Any:
+    weight = model.lm_head.weight
+    model.lm_head = nn.Linear(32, 128, bias=False)
+    model.lm_head.weight = nn.Parameter(weight.detach().flip(0))
+    return model
+
+
 ORDINARY: dict[str, Callable[[], Any]] = {
     "prepared for training": lambda: prepared(build("llama")),
     "gradient checkpointing": lambda: checkpointing(build("llama")),
     "gradients at the input": lambda: asking_for_gradients(build("llama")),
+    "fewer layers": lambda: shortened(build("llama")),
+    "another head": lambda: with_another_head(build("llama")),
     **{name: lambda first=first: around(Reading, value=first)[0] for name, (first, _) in VALUES.items()},
     "a function of numpy": lambda: around(Reading, value=np.tanh)[0],
 }
