@@ -222,6 +222,12 @@ class Cache:
         with self._lock:
             self._objects[name] = data
 
+    def note(self, event: Event) -> None:
+        """Tell the ledger something with the next commit."""
+        with self._lock:
+            self._events.append(event)
+        self._flush_soon()
+
     def warn(self, text: str) -> None:
         """Warn, each text once a run."""
         with self._lock:

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import words
+from transformers import LlamaForCausalLM
 
 from evalcache.cache import Cache
 from evalcache.errors import EvalCacheError
@@ -96,7 +97,7 @@ def test_letters_share_one_row(tokenizer, tmp_path):
 
     model.__class__ = Watching
     scores = loglikelihood(model, tokenizer, QUESTION, cache=cache)
-    assert len(scores) == 4 and [rows for rows, _ in shapes] == [1]
+    assert len(scores) == 4 and [rows for rows, _ in shapes] == [1, 2, 1]  # two of them ask whether rows may share a batch
     cache.close()
 
 
@@ -168,3 +169,25 @@ def test_the_dtype_of_the_softmax_is_keyed(tokenizer, tmp_path):
             assert loglikelihood(model, tokenizer, PAIRS, cache=cache, softmax_dtype=dtype) == bare
             assert cache.counts.hits == hits
             cache.close()
+
+
+class Neighbourly(LlamaForCausalLM):
+    """Every row sees the mean of its batch."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + output.logits.mean(0, keepdim=True)
+        return output
+
+
+def test_rows_that_depend_on_each_other_are_scored_alone(tokenizer, tmp_path):
+    model = tiny.build("llama")
+    model.__class__ = Neighbourly
+    expected = plain(model, tokenizer, PAIRS)
+    for hits in (0, 5):
+        cache = Cache(tmp_path)
+        scores = loglikelihood(model, tokenizer, PAIRS, cache=cache)
+        for score, (logprobs, _) in zip(scores, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(score.token_logprobs), logprobs, atol=2e-5, rtol=1e-5)
+        assert cache.counts.hits == hits
+        cache.close()

@@ -20,7 +20,7 @@ _BATCH_MODELS = frozenset(
     "rwkv switch_transformers nllb-moe reformer xlnet longformer led big_bird bigbird_pegasus longt5 pegasus_x".split()
 )
 _LENGTH, _MORE, _STEPS = 8, 4, 3
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
 def batch_dependent(config: Any) -> str:
@@ -96,7 +96,7 @@ def _ask(model: Any, generate: Any, vocabulary: int) -> tuple[bool, bool, bool]:
         return _logits(generate, ids.to(device), mask.to(device))
 
     (alone,) = ask(row, ones)
-    tolerance = _TOLERANCE.get(alone.dtype, 0.0) * max(1e-3, float(alone.double().abs().max()))
+    tolerance = TOLERANCE.get(alone.dtype, 0.0) * max(1e-3, float(alone.double().abs().max()))
 
     def apart(found: torch.Tensor) -> float:
         return float((found.double() - alone.double()).abs().max())

@@ -7,7 +7,8 @@ committed every few seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ from evalcache.canonical import digest_canonical
 from evalcache.environment import device_name
 from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.integrations import lazy
-from evalcache.integrations.probe import batch_dependent
+from evalcache.integrations.probe import TOLERANCE, batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
 from evalcache.records import Action, Environment, Fields, Request, Result, pack_logprobs, pack_tokens, unpack_logprobs
+from evalcache.serving import Labels
 from evalcache.tensors import dtype_name
 from evalcache.watch import Watch
+
+_PROBE_LENGTH = 16
 
 Row = tuple[list[int], list[int]]
 """Ids of a context and of its continuation."""
@@ -42,6 +46,34 @@ class Score:
     logprob: float
     token_logprobs: tuple[float, ...]
     is_greedy: bool
+
+
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How rows are scored.
+
+    Args:
+        softmax_dtype: in which logits become log-probabilities; None means that of the logits.
+        batch_tokens: padded tokens of one batch. batch_rows: rows of one batch, asked for with the inputs, longest first, when
+            something has to be computed; it takes the place of ``batch_tokens``. No parts of the key.
+        forward: (model, ids, mask) → logits; ids and mask ``(batch, width) int64``, padded on the right, where a causal model
+            never looks.
+        around: what a client puts around each forward (autocast).
+        alone: rows that depend on their neighbours are computed one by one; else they are Uncacheable.
+        tick: told how many rows were computed.
+    """
+
+    softmax_dtype: torch.dtype | None = torch.float32
+    batch_tokens: int = 8192
+    batch_rows: Callable[[Sequence[tuple[int, ...]]], int] | None = None
+    forward: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = _forward
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    alone: bool = True
+    tick: Callable[[int], object] = lambda count: None
 
 
 def loglikelihood(
@@ -80,35 +112,53 @@ def loglikelihood(
     rows = [_encode(tokenizer, context, continuation, limit) for context, continuation in pairs]
     if not rows:
         return []
-    if cache is None:
-        bare = dict(_compute(model, rows, batch_tokens, softmax_dtype, range(len(rows))))
-        return [_score(bare[place]) for place in range(len(rows))]
+    scoring = Scoring(softmax_dtype, batch_tokens)
+    try:
+        if cache is None:
+            raise UncacheableError("off")
+        results = score_rows(cache, model, rows, scoring)
+    except UncacheableError as error:
+        alone = bool(batch_dependent(model.config)) or not rows_are_separable(lazy.awake(model), scoring)
+        made = dict(_compute(model, rows, scoring, alone, range(len(rows))))
+        results = [made[place] for place in range(len(rows))]
+        if cache is not None:
+            seconds = sum(result.cost.seconds for result in results if result.cost)
+            cache.uncacheable(error.reason, error.detail, requests=len(rows), seconds=seconds, client=CLIENT)
+    return [_score(result) for result in results]
+
+
+def score_rows(
+    cache: Cache, model: Any, rows: Sequence[Row], scoring: Scoring, *, client: str = CLIENT, labels: Labels | None = None
+) -> list[Result]:
+    """Results of rows in their order: stored ones, and the others computed as ``scoring`` says. One entry for all clients.
+
+    Raises:
+        UncacheableError: they cannot be keyed; nothing was computed.
+    """
     seam = Seam.of(cache)
     watch = seam.watch(model)
     with watch.lock:
         try:
-            try:
-                results = _serve(seam, watch, model, rows, batch_tokens, softmax_dtype)
-            except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
-                results = _serve(seam, watch, model, rows, batch_tokens, softmax_dtype)
-        except UncacheableError as error:
-            made = dict(_compute(model, rows, batch_tokens, softmax_dtype, range(len(rows))))
-            seconds = sum(result.cost.seconds for result in made.values() if result.cost)
-            cache.uncacheable(error.reason, error.detail, requests=len(rows), seconds=seconds, client=CLIENT)
-            results = [made[place] for place in range(len(rows))]
-    return [_score(result) for result in results]
+            return _serve(seam, watch, model, rows, scoring, client, labels)
+        except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
+            return _serve(seam, watch, model, rows, scoring, client, labels)
 
 
 def _serve(
-    seam: Seam, watch: Watch, model: Any, rows: Sequence[Row], batch_tokens: int, softmax_dtype: torch.dtype
+    seam: Seam, watch: Watch, model: Any, rows: Sequence[Row], scoring: Scoring, client: str, labels: Labels | None
 ) -> list[Result]:
-    manifest, environment = seam.look(model, watch)
+    with scoring.around():
+        manifest, environment = seam.look(model, watch)
     if "dynamic" in batch_dependent(model.config):
         raise UncacheableError("unsupported", "a dynamic rotary embedding remembers the rows before")
+    name = "" if scoring.softmax_dtype is None else dtype_name(scoring.softmax_dtype)
+    if not name:  # the logits' own, which is known of a model without lower precision anywhere
+        exact = environment.keyed["dtype"] == "float32" and not environment.keyed["autocast"]
+        name = "float32" if exact else "logits"
+    settings = Fields({"softmax_dtype": name})
     if seam.cache.match == "strict":
-        batch = digest_canonical([batch_tokens, [[pack_tokens(context), pack_tokens(tail)] for context, tail in rows]])
+        batch = digest_canonical([scoring.batch_tokens, [[pack_tokens(context), pack_tokens(tail)] for context, tail in rows]])
         environment = Environment(Fields(dict(environment.keyed) | {"batch": batch.value}), environment.recorded)
-    settings = Fields({"softmax_dtype": dtype_name(softmax_dtype)})
     actions = [
         Action(
             manifest.root,
@@ -120,9 +170,16 @@ def _serve(
 
     def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
         seam.wake(model, watch, manifest)
-        return _compute(model, rows, batch_tokens, softmax_dtype, missing)
+        live = lazy.awake(model)
+        known = bool(batch_dependent(model.config))
+        alone = known or not seam.once(
+            ["separable", manifest.root.value, environment.keyed.digest.value], lambda: rows_are_separable(live, scoring)
+        )
+        if alone and not scoring.alone:
+            raise UncacheableError("unsupported", "rows of this model depend on each other")
+        return _compute(live, rows, scoring, alone, missing, exact=name if scoring.softmax_dtype is None else "")
 
-    return seam.cache.serve(watch, actions, compute, client=CLIENT, all_or_none=seam.cache.match == "strict")
+    return seam.cache.serve(watch, actions, compute, client=client, labels=labels, all_or_none=seam.cache.match == "strict")
 
 
 def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> Row:
@@ -150,33 +207,60 @@ def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> Row:
     return head[-(limit + 1 - len(tail)) :], tail
 
 
+def rows_are_separable(model: Any, scoring: Scoring) -> bool:
+    """Whether a row is scored alike alone, and padded beside another one. Cost: two forwards of a few tokens."""
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
+    if vocabulary < _PROBE_LENGTH:
+        return False
+    numbers = torch.Generator().manual_seed(0)  # never the script's own generator
+    other = torch.randint(2, vocabulary, (1, _PROBE_LENGTH), generator=numbers)
+    row = torch.randint(2, vocabulary, (1, _PROBE_LENGTH // 2), generator=numbers)
+    ids = torch.zeros((2, _PROBE_LENGTH), dtype=torch.long)
+    ids[0, : row.shape[1]], ids[1] = row, other
+    mask = torch.ones_like(ids)
+    mask[0, row.shape[1] :] = 0
+    try:
+        with torch.no_grad(), scoring.around():
+            alone = scoring.forward(model, row.to(model.device), torch.ones_like(row).to(model.device))[0]
+            beside = scoring.forward(model, ids.to(model.device), mask.to(model.device))[0, : alone.shape[0]]
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return float((alone.double() - beside.double()).abs().max()) <= TOLERANCE.get(alone.dtype, 0.0) * max(
+        1e-3, float(alone.double().abs().max())
+    )
+
+
 def _compute(
-    model: Any, rows: Sequence[Row], batch_tokens: int, softmax_dtype: torch.dtype, missing: Sequence[int]
+    model: Any, rows: Sequence[Row], scoring: Scoring, alone: bool, missing: Sequence[int], exact: str = ""
 ) -> Iterator[tuple[int, Result]]:
+    """Args: exact: the dtype that the logits were taken to have."""
     model = lazy.awake(model)
     shared: dict[tuple[int, ...], list[int]] = {}
     for place in missing:
         context, continuation = rows[place]
         shared.setdefault(tuple(context + continuation[:-1]), []).append(place)
-    alone = bool(batch_dependent(model.config))
     # Longest first: a batch that does not fit in memory fails at once and not after hours.
     inputs = list(shared) if alone else sorted(shared, key=len, reverse=True)
+    most = 1 if alone else scoring.batch_rows(inputs) if scoring.batch_rows is not None else 0
     start = 0
     while start < len(inputs):
-        width = len(inputs[start])
-        count = 1 if alone else max(1, batch_tokens // width)
+        count = most or max(1, scoring.batch_tokens // len(inputs[start]))
         batch = inputs[start : start + count]
         start += count
-        yield from _score_batch(model, rows, softmax_dtype, batch, [shared[one] for one in batch])
+        places = [shared[one] for one in batch]
+        made = _score_batch(model, rows, scoring, batch, places, exact)
+        scoring.tick(len(made))
+        yield from made
 
 
 @torch.no_grad()
 def _score_batch(
     model: Any,
     rows: Sequence[Row],
-    softmax_dtype: torch.dtype,
+    scoring: Scoring,
     batch: Sequence[tuple[int, ...]],
     places: Sequence[list[int]],
+    exact: str,
 ) -> list[tuple[int, Result]]:
     device = model.device
     width = max(len(one) for one in batch)
@@ -185,28 +269,31 @@ def _score_batch(
     for row, one in enumerate(batch):
         ids[row, : len(one)] = torch.tensor(one)
         mask[row, : len(one)] = 1
-    scored: list[tuple[int, int, list[float], bool]] = []
+    asked = [(row, place, rows[place][1]) for row, mine in enumerate(places) for place in mine]
     with measured(None, device) as watch:
-        # Padding stands on the right, where a causal model never looks.
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        with scoring.around():
+            logits = scoring.forward(model, ids.to(device), mask.to(device))
+        if exact not in ("", "logits", dtype_name(logits.dtype)):
+            raise UncacheableError("unsupported", f"logits of {logits.dtype} from a model of {exact}")
         virtual = logits.shape[1] - width  # the tokens that a prompt-learning adapter puts before the prompt
-        for row, one in enumerate(batch):
-            for place in places[row]:
-                continuation = rows[place][1]
-                end = virtual + len(one)
-                steps = torch.log_softmax(logits[row, end - len(continuation) : end], dim=-1, dtype=softmax_dtype)
-                target = torch.tensor(continuation, device=device)
-                # Of the log-probabilities, as clients do: in a short dtype two logits may round to one of them.
-                greedy = bool((steps.argmax(dim=-1) == target).all())
-                scored.append((row, place, steps.gather(1, target[:, None])[:, 0].tolist(), greedy))
+        # Only the places that predict a continuation, all at once: each round trip to a device costs more than the work.
+        at_row = [row for row, _, tail in asked for _ in tail]
+        at_place = [virtual + len(batch[row]) - len(tail) + step for row, _, tail in asked for step in range(len(tail))]
+        target = torch.tensor([token for *_, tail in asked for token in tail], device=device)
+        steps = torch.log_softmax(logits[at_row, at_place], dim=-1, dtype=scoring.softmax_dtype)
+        # Of the log-probabilities, as clients do: in a short dtype two logits may round to one of them.
+        greedy = (steps.argmax(dim=-1) == target).tolist()
+        found = steps.gather(1, target[:, None])[:, 0].tolist()
     watch = Stopwatch(watch.total_s, watch.total_s)  # all of it is reading
     costs = share(watch, [len(one) for one in batch], [0] * len(batch), device_name(device.type))
-    results = []
-    for row, place, logprobs, greedy in scored:
-        cost = costs[row]
-        mine = type(cost)(cost.seconds / len(places[row]), cost.prompt_tokens, len(logprobs), cost.device, len(batch))
-        scalars = {"sum": float(sum(logprobs)), "is_greedy": greedy}
+    results, start = [], 0
+    for row, place, tail in asked:
+        end = start + len(tail)
+        logprobs, cost = found[start:end], costs[row]
+        mine = type(cost)(cost.seconds / len(places[row]), cost.prompt_tokens, len(tail), cost.device, len(batch))
+        scalars = {"sum": float(sum(logprobs)), "is_greedy": all(greedy[start:end])}
         results.append((place, Result(logprobs=pack_logprobs(logprobs), scalars=scalars, cost=mine)))
+        start = end
     return results
 
 

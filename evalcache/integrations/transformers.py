@@ -142,7 +142,7 @@ class Seam:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self._watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
-        self._traits: dict[str, Traits] = {}
+        self._known: dict[str, Any] = {}
 
     def watch(self, model: Any) -> Watch:
         """The watch of one model."""
@@ -171,7 +171,7 @@ class Seam:
         """One call of ``generate``: from the store, computed, or untouched."""
         if getattr(_inside, "active", False) or self.cache.policy is Policy.OFF:
             return original(*args, **kwargs)
-        with _not_again():
+        with not_again():
             try:
                 arguments = generation.bind(args, kwargs)
                 watch = self.watch(model)
@@ -203,11 +203,16 @@ class Seam:
         Raises:
             UncacheableError: it cannot be keyed.
         """
-        manifest = self.cache.open(watch)  # may wake it
-        if lazy.is_asleep(model):
-            sleep = lazy.sleep_of(model)
-            return manifest, describe_environment(sleep.hollow, self.cache.match, device=sleep.device.type, dtype=sleep.dtype)
-        return manifest, describe_environment(lazy.awake(model), self.cache.match)
+        try:
+            manifest = self.cache.open(watch)  # may wake it
+            if lazy.is_asleep(model):
+                sleep = lazy.sleep_of(model)
+                return manifest, describe_environment(sleep.hollow, self.cache.match, device=sleep.device.type, dtype=sleep.dtype)
+            return manifest, describe_environment(lazy.awake(model), self.cache.match)
+        except UncacheableError:
+            raise
+        except Exception as error:
+            raise self._refusal(error) from error
 
     def wake(self, model: Any, watch: Watch, manifest: Manifest) -> None:
         """Load a sleeping model before it computes, and see that it is the one that was promised.
@@ -220,12 +225,15 @@ class Seam:
             if self.cache.open(watch).root != manifest.root:
                 raise AnotherModelError
 
-    def _plan(
-        self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]
-    ) -> tuple[Call, Manifest, Environment, Told]:
-        """Check the model and resolve the call. Whatever fails in here, the bare call still runs."""
+    def resolve(
+        self, model: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment, arguments: dict[str, Any]
+    ) -> tuple[Call, Told]:
+        """Resolve a call of a model that was looked at, asleep or awake.
+
+        Raises:
+            UncacheableError: it cannot be keyed; whatever fails in here, the bare call still runs.
+        """
         try:
-            manifest, environment = self.look(model, watch)
             asleep = lazy.is_asleep(model)
             inner = model if asleep else unwrap(lazy.awake(model))
             engine = lazy.sleep_of(model).hollow if asleep else _engine(lazy.awake(model), inner, arguments)
@@ -240,16 +248,20 @@ class Seam:
                     call = _resolve(_engine(lazy.awake(model), unwrap(lazy.awake(model)), arguments), arguments, traits)
             if call.samples:
                 _one_sampling_thread()
-            return call, manifest, environment, told
+            return call, told
         except UncacheableError:
             raise
         except Exception as error:
-            self.cache.warn(f"this call runs uncached, evalcache failed on it: {type(error).__name__}: {error}")
-            raise UncacheableError("internal", f"{type(error).__name__}: {error}") from error
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> UncacheableError:
+        self.cache.warn(f"this call runs uncached, evalcache failed on it: {type(error).__name__}: {error}")
+        return UncacheableError("internal", f"{type(error).__name__}: {error}")
 
     def _serve(self, model: Any, watch: Watch, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         cache = self.cache
-        call, manifest, environment, told = self._plan(model, watch, original, arguments)
+        manifest, environment = self.look(model, watch)
+        call, told = self.resolve(model, original, manifest, environment, arguments)
         actions = [Action(manifest.root, request, self._strictly(environment, call)) for request in call.requests]
         computed: list[Any] = []
 
@@ -294,21 +306,28 @@ class Seam:
         return Environment(type(environment.keyed)(dict(environment.keyed) | {"batch": batch}), recorded)
 
     def _find_traits(self, inner: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment) -> Traits:
-        # Per set of weights, not per class: in a fresh model, say, embeddings of positions may still be zero.
-        name = generation.traits_name([manifest.root.value, environment.keyed.digest.value])
-        found = self._traits.get(name)
-        if found is None:
+        def ask() -> list[bool]:
+            with buffered_logs():
+                found = probe(inner, functools.partial(original))
+            return [found.rows, found.left, found.right, found.draws]
+
+        return Traits(*self.once([manifest.root.value, environment.keyed.digest.value], ask))
+
+    def once(self, parts: Sequence[Any], ask: Callable[[], Any]) -> Any:
+        """What ``ask`` says of a model: asked once per set of weights and environment, which ``parts`` name, and stored.
+
+        Not per class: in a fresh model, say, embeddings of positions may still be zero.
+        """
+        name = generation.traits_name(parts)
+        if name not in self._known:
             stored = self.cache.get_object(name)
-            if stored is not None:
-                found = Traits(*decode(stored))
-            else:
+            if stored is None:
                 began = time.perf_counter()
-                with buffered_logs():
-                    found = probe(inner, functools.partial(original))
+                stored = encode_canonical(ask())
                 self.cache.counts.overhead["probe"] += time.perf_counter() - began
-                self.cache.put_object(name, encode_canonical([found.rows, found.left, found.right, found.draws]))
-            self._traits[name] = found
-        return found
+                self.cache.put_object(name, stored)
+            self._known[name] = decode(stored)
+        return self._known[name]
 
 
 def _resolve(engine: Any, arguments: dict[str, Any], traits: Traits) -> Call:
@@ -358,7 +377,7 @@ def _one_sampling_thread() -> None:
 
 
 @contextlib.contextmanager
-def _not_again() -> Iterator[None]:
+def not_again() -> Iterator[None]:
     """While one call is served, the seams below it are out of the way."""
     _inside.active = True
     try:
