@@ -83,9 +83,14 @@ def describe_environment(
 
 
 def device_type(model: Any) -> str:
-    """The device types of a model's parameters, joined by ``+``; ``meta`` parameters are offloaded ones and do not count."""
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
-    return "+".join(sorted(kinds)) if kinds else "cpu"
+    """The device types that a model computes on, joined by ``+``: of its parameters; of offloaded ones where they are brought."""
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    if "meta" in kinds:
+        hooks = [module.__dict__.get("_hf_hook") for module in model.modules()]
+        every = [one for hook in hooks if hook is not None for one in getattr(hook, "hooks", [hook])]
+        places = [getattr(one, "execution_device", None) for one in every]
+        kinds |= {torch.device(place).type for place in places if place is not None}
+    return "+".join(sorted(kinds - {"meta"})) or "cpu"
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from evalcache.environment import device_type
 from evalcache.integrations import lazy
 
 BATCH = prompts()
@@ -760,6 +762,24 @@ def test_it_wakes_in_another_working_directory(folder: Path, monkeypatch: pytest
         assert lazy.is_asleep(model)
         monkeypatch.chdir("/")
         assert_same(bare, here.ask(ask_other, model)[0])
+
+
+def test_it_wakes_where_it_was_asked_for(folder: Path) -> None:
+    with known(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert lazy.is_asleep(model)
+        with torch.device("meta"):
+            assert next(model.parameters()).device.type == "cpu"
+
+
+def test_offloaded_models_compute_where_their_hooks_say() -> None:
+    model = accelerate.cpu_offload(build("llama"), execution_device=torch.device("cpu"))
+    assert device_type(model) == "cpu"
+    for module in model.modules():
+        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
+            if hasattr(hook, "execution_device"):
+                hook.execution_device = "cuda"  # as it would be where there is one
+    assert device_type(model) == "cuda"
 
 
 def test_loading_info_may_be_declined(folder: Path) -> None:

@@ -6,6 +6,7 @@ What cannot be told exactly (weights that are made up while loading, code of one
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import os
@@ -166,15 +167,18 @@ class _Checkpoint:
         if hollow is None:
             return None
 
-        # As it was asked for: the script may change its config, or its working directory, before the model wakes.
+        # As it was asked for: the script may change its config, its working directory or the default device before it wakes.
         kwargs = copy.deepcopy(self.kwargs)
         folder = os.path.realpath(self.path) if os.path.isdir(self.path) else None
+        device = torch.get_default_device()
 
         def wake() -> Any:
             _loading.active = True
             moved = folder is not None and os.path.realpath(self.path) != folder
+            elsewhere = torch.get_default_device() != device
             try:
-                return original(folder if moved else self.path, *self.args, **kwargs)
+                with device if elsewhere else contextlib.nullcontext():
+                    return original(folder if moved else self.path, *self.args, **kwargs)
             finally:
                 _loading.active = False
 
