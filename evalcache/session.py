@@ -140,7 +140,8 @@ class Session:
             return
         if not calls_seen(counts):
             return
-        why = _explain(cache) if counts.misses and not counts.hits else []
+        # A run that may not write is not in the ledger, which explains misses.
+        why = _explain(cache) if counts.misses and not counts.hits and cache.policy.writes else []
         ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
         _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks))
 

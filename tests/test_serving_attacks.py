@@ -40,6 +40,7 @@ from transformers.generation.logits_process import DiaEOSDelayPatternLogitsProce
 from transformers.generation.utils import GenerationMixin
 from words import train_tokenizer
 
+import evalcache
 import evalcache.integrations.transformers as seam
 from evalcache.cache import Cache
 from evalcache.integrations import scoring
@@ -770,6 +771,13 @@ def test_an_interrupted_call_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
         found, told = here.ask(call, model)
         assert_same(bare, found)
         assert told.hits == 0 and told.misses == 4
+
+
+def test_a_run_that_may_only_read_ends_with_a_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with evalcache.enable(tmp_path, policy="read_only"):
+        greedy()(llama())
+    told = capsys.readouterr().err
+    assert "4 misses" in told and "not known" not in told
 
 
 # --- threads, processes, generators -------------------------------------------------------------------------------------------
