@@ -669,8 +669,8 @@ def test_a_patch_of_the_user_s_above_ours_stays(tmp_path: Path, monkeypatch: pyt
         seam.uninstall()
         assert GenerationMixin.generate is mine
     finally:
-        seam.uninstall()
         GenerationMixin.generate = bare
+        seam.uninstall()
         cache.close()
 
 
