@@ -16,11 +16,19 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evalcache.counts import Counts
 from evalcache.decide import decide
 from evalcache.digest import Digest
-from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError, LedgerLockedError, StoreError
+from evalcache.errors import (
+    EvalCacheError,
+    EvalCacheWarning,
+    FingerprintError,
+    LedgerLockedError,
+    StoreError,
+    UncacheableError,
+)
 from evalcache.folder import default_folder
 from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded
 from evalcache.key import key_of
@@ -76,6 +84,7 @@ class Cache:
             raise EvalCacheError(f"unknown match {self.match!r}", hint="portable or strict", found=self.match)
         self.run_id = run or uuid.uuid4().hex
         self.counts = Counts()
+        self.client = ("", "")
         # Everything in here is somebody's prompts and answers: nobody else's to read.
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.store = Store(self.directory / "store")
@@ -205,6 +214,29 @@ class Cache:
                 )
             )
         self._flush_soon()
+
+    @contextlib.contextmanager
+    def bypassed(self, error: UncacheableError, *, requests: int, client: str) -> Iterator[None]:
+        """Count requests that the block computes as if evalcache were not there, and the seconds that it takes."""
+        began = time.perf_counter()
+        yield
+        self.uncacheable(error.reason, error.detail, requests=requests, seconds=time.perf_counter() - began, client=client)
+
+    def block(self) -> dict[str, Any]:
+        """What this run has reused so far, for a client's own results. JSON."""
+        counts = self.counts
+        overhead_s = sum(counts.overhead.values())
+        return {
+            "run": self.run_id,
+            "hits": counts.hits,
+            "misses": counts.misses,
+            "uncacheable": dict(counts.uncacheable),
+            "duplicates": counts.duplicates,
+            "model_loads": counts.model_loads,
+            "saved_seconds": counts.credited_seconds - overhead_s,
+            "overhead_seconds": overhead_s,
+            "models": {name: str(root) for name, root in counts.models.items()},
+        }
 
     def get_object(self, name: str) -> bytes | None:
         """A shared object's bytes, from what waits or from the store; a fault reads as absent."""
@@ -376,7 +408,7 @@ class Cache:
         with self._lock:
             if not self._started and (self._events or entries):
                 self._started = True
-                self._events.insert(0, describe_run(self.run_id, self.policy, self.match))
+                self._events.insert(0, describe_run(self.run_id, self.policy, self.match, *self.client))
             due = {kind: value - self._overhead_told[kind] for kind, value in self.counts.overhead.items()}
             due = {kind: value for kind, value in due.items() if value > 0}
             if due and self._started:

@@ -12,12 +12,14 @@ from evalcache.journal import RunStarted
 from evalcache.records import Policy
 
 
-def describe_run(run: str, policy: Policy, match: str) -> RunStarted:
-    """The event that a run of this process begins with."""
+def describe_run(run: str, policy: Policy, match: str, client: str = "", client_version: str = "") -> RunStarted:
+    """The event that a run of this process begins with. ``client``: the eval framework, where one asks."""
     return RunStarted(
         run=run,
         started_at=time.time(),
         command=os.environ.get("EVALCACHE_COMMAND") or " ".join(sys.argv),
+        client=client,
+        client_version=client_version,
         versions=_versions(),
         git_commit=_git_commit(),
         host=socket.gethostname(),

@@ -10,6 +10,8 @@ How the process ended is `ending.py`'s business.
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,9 @@ more of it than the script does would show (time, messages of its optional parts
 LATECOMERS = ("peft.peft_model",)
 """Modules whose classes stand above those of transformers and are patched as well, whenever they come."""
 
+CLIENTS = {"lm_eval": ("lm_eval.models.huggingface", "lm_eval.evaluator")}
+"""Eval clients with an adapter of their own (``integrations/<name>.py``), and the modules after whose import it is installed."""
+
 _current: Session | None = None
 
 
@@ -51,7 +56,12 @@ class Session:
         self._closed = False
         self._installed = False
         self._pid = os.getpid()
-        self._hooks = (ImportHook(TRIGGERS, self._install), ImportHook(LATECOMERS, self._install_again))
+        self._clients: list[str] = []
+        self._hooks = (
+            ImportHook(TRIGGERS, self._install),
+            ImportHook(LATECOMERS, self._install_again),
+            *(ImportHook(modules, functools.partial(self._install_client, name)) for name, modules in CLIENTS.items()),
+        )
 
     @property
     def off(self) -> bool:
@@ -81,6 +91,8 @@ class Session:
             cache.close()
             if self._installed:
                 self._install()
+            for name in self._clients:
+                self._install_client(name)
 
     def close(self, status: str = "ok", exit_code: int | None = None) -> None:
         """Commit what is pending, end the run in the ledger and print the line. Never raises; the second call does nothing.
@@ -94,6 +106,8 @@ class Session:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        for name in self._clients:
+            importlib.import_module(f"evalcache.integrations.{name}").uninstall()
         if self._installed:
             from evalcache.integrations.transformers import uninstall
 
@@ -131,6 +145,17 @@ class Session:
     def _install_again(self) -> None:
         if self._installed:
             self._install()
+
+    def _install_client(self, name: str) -> None:
+        """Hold on to an eval client, whose module has just been imported."""
+        if self._closed or os.getpid() != self._pid or self.cache is None:
+            return
+        try:
+            importlib.import_module(f"evalcache.integrations.{name}").install(self.cache)
+            if name not in self._clients:
+                self._clients.append(name)
+        except Exception as error:
+            _warn(f"cannot hold on to {name} ({_say(error)}); it runs without its adapter")
 
     def _print_summary(self, cache: Cache) -> None:
         from evalcache.summary import calls_seen, format_summary

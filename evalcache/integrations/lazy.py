@@ -118,11 +118,22 @@ class Sleep:
             return False
         if name == "eval":
             return lambda: model
+        if name == "tie_weights":  # what is tied was tied when it was loaded
+            return lambda: None
+        if name == "num_parameters":
+            return self._count
         if name == "to":
             return lambda *args, **kwargs: self._to(model, args, kwargs)
         value = _UNKNOWN if name in _OF_INSTANCES else getattr(self.cls, name, _UNKNOWN)
         plain = value is None or isinstance(value, (bool, int, float, str, tuple, list, frozenset, set, dict))
         return value if plain else _UNKNOWN
+
+    def _count(self, *args: Any, **kwargs: Any) -> int:
+        """``num_parameters()``: as its fingerprint says, unless weights are packed."""
+        manifest = None if args or kwargs else self.manifest()
+        if manifest is None or manifest.about.get("quantisation") or "parameters" not in manifest.about:
+            return self.wake().num_parameters(*args, **kwargs)
+        return int(manifest.about["parameters"])
 
     def _to(self, model: LazyModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = args[0] if len(args) == 1 and not kwargs else kwargs.get("device") if not args and len(kwargs) == 1 else None

@@ -19,6 +19,7 @@ from evalcache.canonical import digest_canonical
 from evalcache.environment import device_name
 from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.integrations import lazy
+from evalcache.integrations.generators import generator_states, restore_generators
 from evalcache.integrations.probe import TOLERANCE, batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
@@ -28,6 +29,7 @@ from evalcache.tensors import dtype_name
 from evalcache.watch import Watch
 
 _PROBE_LENGTH = 16
+TOGETHER, ALONE, DRAWS = "together", "alone", "draws"
 
 Row = tuple[list[int], list[int]]
 """Ids of a context and of its continuation."""
@@ -64,7 +66,7 @@ class Scoring:
             never looks.
         around: what a client puts around each forward (autocast).
         alone: rows that depend on their neighbours are computed one by one; else they are Uncacheable.
-        tick: told how many rows were computed.
+        announce: told how many requests were stored and how many have to be computed. tick: how many were.
     """
 
     softmax_dtype: torch.dtype | None = torch.float32
@@ -73,6 +75,7 @@ class Scoring:
     forward: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = _forward
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     alone: bool = True
+    announce: Callable[[int, int], object] = lambda stored, missing: None
     tick: Callable[[int], object] = lambda count: None
 
 
@@ -118,7 +121,7 @@ def loglikelihood(
             raise UncacheableError("off")
         results = score_rows(cache, model, rows, scoring)
     except UncacheableError as error:
-        alone = bool(batch_dependent(model.config)) or not rows_are_separable(lazy.awake(model), scoring)
+        alone = probe_rows(lazy.awake(model), scoring) != TOGETHER
         made = dict(_compute(model, rows, scoring, alone, range(len(rows))))
         results = [made[place] for place in range(len(rows))]
         if cache is not None:
@@ -171,15 +174,23 @@ def _serve(
     def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
         seam.wake(model, watch, manifest)
         live = lazy.awake(model)
-        known = bool(batch_dependent(model.config))
-        alone = known or not seam.once(
-            ["separable", manifest.root.value, environment.keyed.digest.value], lambda: rows_are_separable(live, scoring)
-        )
+        parts = ["scoring", manifest.root.value, environment.keyed.digest.value]
+        found = seam.once(parts, lambda: probe_rows(live, scoring))
+        if found == DRAWS:
+            raise UncacheableError("unsupported", "a forward of this model draws random numbers")
+        alone = found == ALONE
         if alone and not scoring.alone:
             raise UncacheableError("unsupported", "rows of this model depend on each other")
+        scoring.announce(len(rows) - len(missing), len(missing))
+        announced.append(True)
         return _compute(live, rows, scoring, alone, missing, exact=name if scoring.softmax_dtype is None else "")
 
-    return seam.cache.serve(watch, actions, compute, client=client, labels=labels, all_or_none=seam.cache.match == "strict")
+    announced: list[bool] = []
+    whole = seam.cache.match == "strict"
+    results = seam.cache.serve(watch, actions, compute, client=client, labels=labels, all_or_none=whole)
+    if not announced:
+        scoring.announce(len(rows), 0)
+    return results
 
 
 def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> Row:
@@ -207,27 +218,36 @@ def _encode(tokenizer: Any, context: str, continuation: str, limit: int) -> Row:
     return head[-(limit + 1 - len(tail)) :], tail
 
 
-def rows_are_separable(model: Any, scoring: Scoring) -> bool:
-    """Whether a row is scored alike alone, and padded beside another one. Cost: two forwards of a few tokens."""
+def probe_rows(model: Any, scoring: Scoring) -> str:
+    """Whether rows may be scored together or only alone, or draw random numbers. Cost: two forwards of a few tokens.
+
+    The generators are left as they were.
+    """
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
     if vocabulary < _PROBE_LENGTH:
-        return False
+        return ALONE
     numbers = torch.Generator().manual_seed(0)  # never the script's own generator
     other = torch.randint(2, vocabulary, (1, _PROBE_LENGTH), generator=numbers)
     row = torch.randint(2, vocabulary, (1, _PROBE_LENGTH // 2), generator=numbers)
-    ids = torch.zeros((2, _PROBE_LENGTH), dtype=torch.long)
-    ids[0, : row.shape[1]], ids[1] = row, other
-    mask = torch.ones_like(ids)
-    mask[0, row.shape[1] :] = 0
+    ids, mask = torch.zeros((2, _PROBE_LENGTH), dtype=torch.long), torch.ones((2, _PROBE_LENGTH), dtype=torch.long)
+    ids[0, : row.shape[1]], ids[1], mask[0, row.shape[1] :] = row, other, 0
+    device = model.device
+    states = generator_states(device)
     try:
         with torch.no_grad(), scoring.around():
-            alone = scoring.forward(model, row.to(model.device), torch.ones_like(row).to(model.device))[0]
-            beside = scoring.forward(model, ids.to(model.device), mask.to(model.device))[0, : alone.shape[0]]
+            alone = scoring.forward(model, row.to(device), torch.ones_like(row).to(device))[0].double()
+            logits = scoring.forward(model, ids.to(device), mask.to(device))
     except (RuntimeError, ValueError, IndexError, TypeError):
-        return False
-    return float((alone.double() - beside.double()).abs().max()) <= TOLERANCE.get(alone.dtype, 0.0) * max(
-        1e-3, float(alone.double().abs().max())
-    )
+        return ALONE
+    finally:
+        drawn = not all(map(torch.equal, states, generator_states(device)))
+        restore_generators(states, device)
+    if drawn:
+        return DRAWS
+    beside = logits[0, : alone.shape[0]].double()
+    tolerance = TOLERANCE.get(logits.dtype, 0.0) * max(1e-3, float(alone.abs().max()))
+    apart = bool(batch_dependent(model.config)) or not float((alone - beside).abs().max()) <= tolerance
+    return ALONE if apart else TOGETHER
 
 
 def _compute(
@@ -291,7 +311,7 @@ def _score_batch(
         end = start + len(tail)
         logprobs, cost = found[start:end], costs[row]
         mine = type(cost)(cost.seconds / len(places[row]), cost.prompt_tokens, len(tail), cost.device, len(batch))
-        scalars = {"sum": float(sum(logprobs)), "is_greedy": all(greedy[start:end])}
+        scalars = {"sum": float(sum(logprobs)), "is_greedy": all(greedy[start:end]), "dtype": dtype_name(steps.dtype)}
         results.append((place, Result(logprobs=pack_logprobs(logprobs), scalars=scalars, cost=mine)))
         start = end
     return results

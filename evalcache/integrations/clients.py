@@ -1,0 +1,108 @@
+"""The eval clients that have an adapter: which versions were tested, and where each is held.
+
+A seam is a method with the arguments that it had. One that has moved is found by reading the client's source, without an import.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """An eval client.
+
+    Args:
+        name: its import name, and what the ledger calls it. distribution: its name on the package index.
+        tested: the versions that the tests run with.
+        seams: file within its package → qualified name → names of the arguments, in order.
+    """
+
+    name: str
+    distribution: str
+    tested: tuple[str, ...]
+    seams: dict[str, dict[str, str]]
+
+    def folder(self) -> Path | None:
+        """Where it is installed; None where it is not."""
+        spec = importlib.util.find_spec(self.name)
+        return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+    def faults(self) -> list[str]:
+        """The seams that are not where they were, as a person would say it; empty where all is well or it is not installed."""
+        folder = self.folder()
+        return [] if folder is None else [fault for file, seams in self.seams.items() for fault in _faults(folder / file, seams)]
+
+
+LM_EVAL = Client(
+    "lm_eval",
+    "lm_eval",
+    ("0.4.13",),
+    {
+        "models/huggingface.py": {
+            "HFLM.loglikelihood": "self requests disable_tqdm",
+            "HFLM.loglikelihood_rolling": "self requests disable_tqdm",
+            "HFLM.generate_until": "self requests disable_tqdm",
+            "HFLM._loglikelihood_tokens": "self requests disable_tqdm override_bs",
+            "HFLM._model_call": "self inps attn_mask labels",
+            "HFLM._model_generate": "self context max_length stop generation_kwargs",
+            "HFLM._detect_batch_size": "self requests pos",
+            "HFLM._batch_scheduler": "self pos n_reordered_requests",
+            "HFLM.tok_batch_encode": "self strings padding_side left_truncate_len truncation",
+            "HFLM.get_model_info": "self",
+        },
+        "models/utils.py": {
+            "handle_stop_sequences": "until eos",
+            "normalize_gen_kwargs": "gen_kwargs default_max_gen_toks",
+            "postprocess_generated_text": "generation stop think_end_token",
+            "has_bos_prefix": "sequence bos_str",
+        },
+        "utils.py": {
+            "get_rolling_token_windows": "token_list prefix_token max_seq_len context_len",
+            "make_disjoint_window": "pair",
+        },
+        "api/model.py": {"CacheHook.add_partial": "self attr req res"},
+    },
+)
+
+CLIENTS = (LM_EVAL,)
+
+
+def version_of_client(client: Client) -> str:
+    """Its installed version, empty where it is not installed."""
+    try:
+        return importlib.metadata.version(client.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _faults(file: Path, seams: dict[str, str]) -> list[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return [f"{file.name} is not there"]
+    found = dict(_functions(tree))
+    faults = []
+    for name, arguments in seams.items():
+        if name not in found:
+            faults.append(f"{name} is not in {file.name}")
+        elif found[name] != arguments:
+            faults.append(f"{name} takes ({found[name]}), not ({arguments})")
+    return faults
+
+
+def _functions(tree: ast.AST, prefix: str = "") -> list[tuple[str, str]]:
+    functions = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            functions += _functions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            taken = node.args
+            names = [*taken.posonlyargs, *taken.args, *([taken.vararg] if taken.vararg else []), *taken.kwonlyargs]
+            names += [taken.kwarg] if taken.kwarg else []
+            functions.append((prefix + node.name, " ".join(one.arg for one in names)))
+    return functions

@@ -1,0 +1,415 @@
+"""lm-evaluation-harness: ``generate_until``, one request at a time where rows do not depend on each other.
+
+What comes back is text that the harness has cut, so its key holds the harness's version, the stop strings and the tokenizer.
+Where the end id is the only stop there is, the request is the same as a plain script's, and so is its entry: token ids.
+
+A sampled call draws from the generators in the order of its requests: all of them together are one Action, which is served whole
+and leaves the generators as they would have been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from evalcache.cache import Cache
+from evalcache.digest import digest_bytes
+from evalcache.environment import device_name
+from evalcache.errors import UncacheableError
+from evalcache.integrations import lazy
+from evalcache.integrations.clients import LM_EVAL, version_of_client
+from evalcache.integrations.generation import Call
+from evalcache.integrations.generators import generator_states, restore_generators
+from evalcache.integrations.outputs import row_results, to_array, to_tensor
+from evalcache.integrations.processors import tokenizer_digest
+from evalcache.integrations.timing import Stopwatch, measured, share
+from evalcache.integrations.transformers import AnotherModelError, Seam, not_again
+from evalcache.manifest import Manifest
+from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
+from evalcache.serving import Labels, Serving
+from evalcache.watch import Watch
+from evalcache.weights import tensor_bytes, unwrap
+
+_CHUNK = 128  # requests that are resolved together
+_log = logging.getLogger("lm_eval.evalcache")
+
+
+class _Numbered(str):
+    """A prompt that knows its place: the harness sorts its requests, and hands each prompt back with its answer."""
+
+    place: int
+
+    @classmethod
+    def of(cls, text: str, place: int) -> _Numbered:
+        numbered = cls(text)
+        numbered.place = place
+        return numbered
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """One request: its settings as the harness reads them, what stops it, and whether the end id alone does."""
+
+    text: str
+    given: dict[str, Any]
+    kwargs: dict[str, Any]
+    until: tuple[str, ...]
+
+    @property
+    def sampled(self) -> bool:
+        return bool(self.kwargs.get("do_sample"))
+
+
+class Generations:
+    """Serves ``generate_until`` of one process."""
+
+    def __init__(self, cache: Cache, client: str) -> None:
+        self.cache = cache
+        self._client = client
+        self._version = version_of_client(LM_EVAL)
+
+    def serve(
+        self,
+        lm: Any,
+        original: Callable[..., Any],
+        requests: Sequence[Any],
+        labels: Labels,
+        around: Callable[[], contextlib.AbstractContextManager[Any]],
+        disable_tqdm: bool = False,
+    ) -> list[str]:
+        """Texts of the requests in their order.
+
+        Raises:
+            UncacheableError: they cannot be keyed; nothing was computed.
+        """
+        asked = [_read(lm, one) for one in requests]
+        if not asked:
+            return original(lm, requests, disable_tqdm)
+        seam = Seam.of(self.cache)
+        watch = seam.watch(lm._model)
+        texts: dict[int, str] = {}
+        with watch.lock, not_again():
+            for sampled in (False, True):
+                places = [place for place, one in enumerate(asked) if one.sampled == sampled]
+                if not places:
+                    continue
+                part = _Part(self, lm, original, requests, asked, labels, places, disable_tqdm)
+                with around():
+                    try:
+                        texts |= part.serve(seam, watch)
+                    except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
+                        texts |= part.serve(seam, watch)
+        for place, one in enumerate(asked):
+            lm.cache_hook.add_partial("generate_until", (one.text, one.given), texts[place])
+        return [texts[place] for place in range(len(asked))]
+
+
+@dataclasses.dataclass
+class _Part:
+    """The requests of a call that are served in one way: all that are greedy, or all that are sampled."""
+
+    owner: Generations
+    lm: Any
+    original: Callable[..., Any]
+    requests: Sequence[Any]
+    asked: Sequence[_Asked]
+    labels: Labels
+    places: list[int]
+    disable_tqdm: bool
+
+    def serve(self, seam: Seam, watch: Watch) -> dict[int, str]:
+        manifest, environment = seam.look(self.lm._model, watch)
+        calls = self._resolve(seam, manifest, environment)
+        labels = Labels(
+            [self.labels.tasks[place] for place in self.places], [self.labels.documents[place] for place in self.places]
+        )
+        if self.asked[self.places[0]].sampled:
+            return self._serve_sampled(seam, watch, manifest, environment, calls)
+        requests = [self._keyed(call, row, self.asked[place]) for place, (call, row) in zip(self.places, calls, strict=True)]
+        actions = [Action(manifest.root, request, environment) for request in requests]
+        with self.owner.cache.serving(watch, actions, client=self.owner._client, labels=labels) as serving:
+            missing = serving.missing
+            _log.info(f"evalcache: generate_until {len(actions) - len(missing)}/{len(actions)} stored, {len(missing)} to run")
+            if missing:
+                seam.wake(self.lm._model, watch, manifest)
+                self._compute(missing, calls, serving)
+        return {place: self._text(place, result) for place, result in zip(self.places, serving.results(), strict=True)}
+
+    # --- keys ----------------------------------------------------------------------------------------------------------
+
+    def _resolve(self, seam: Seam, manifest: Manifest, environment: Environment) -> list[tuple[Call, int]]:
+        """For each place, the resolved call that asks it and its row in that call."""
+        found: dict[int, tuple[Call, int]] = {}
+        groups: dict[bytes, list[int]] = {}
+        for place in self.places:
+            groups.setdefault(Fields(_canonical(self.asked[place].kwargs)).canonical, []).append(place)
+        for members in groups.values():
+            for start in range(0, len(members), _CHUNK):
+                chunk = members[start : start + _CHUNK]
+                kwargs = dict(self.asked[chunk[0]].kwargs)
+                new = kwargs.pop("max_gen_toks")
+                if "max_length" in kwargs:
+                    raise UncacheableError("unsupported", "max_length among the harness's generation settings")
+                ids, mask = self._encode([self.asked[place].text for place in chunk], new)
+                if not kwargs.get("do_sample"):
+                    kwargs.pop("temperature", None)
+                arguments = {
+                    "input_ids": ids,
+                    "attention_mask": mask,
+                    "max_length": ids.shape[1] + new,
+                    "pad_token_id": self.lm.tokenizer.pad_token_id,
+                    "use_cache": True,
+                    **kwargs,
+                }
+                call, _ = seam.resolve(self.lm._model, _bare_generate(self.lm._model), manifest, environment, arguments)
+                if not call.samples and call.whole:
+                    raise UncacheableError("unsupported", "rows of this model depend on each other")
+                if not call.samples and self.lm.batch_size != 1 and any("padded" in one.inputs for one in call.requests):
+                    raise UncacheableError("unsupported", "rows of this model depend on their padding")
+                self._refuse_leaks(call, self.asked[chunk[0]].until)
+                found |= {place: (call, row) for row, place in enumerate(chunk)}
+        return [found[place] for place in self.places]
+
+    def _encode(self, texts: list[str], new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids as the harness encodes a batch; the row is the same whatever stands beside it.
+
+        Raises:
+            UncacheableError: the harness would look at the first prompt of a batch, and they differ in what it looks for.
+        """
+        from lm_eval.models.utils import has_bos_prefix
+
+        most = self.lm.max_length - new
+        begin = getattr(self.lm.tokenizer, "bos_token", None)
+        if most <= 0 or len({has_bos_prefix(text, begin) for text in texts}) > 1:
+            raise UncacheableError("argument", "no room for a prompt, or start tokens in some prompts only")
+        side = self.lm.tokenizer.padding_side
+        try:
+            with _quiet():
+                return self.lm.tok_batch_encode(texts, left_truncate_len=most, truncation=self.lm.truncation)
+        finally:
+            self.lm.tokenizer.padding_side = side
+
+    def _refuse_leaks(self, call: Call, until: Sequence[str]) -> None:
+        """Refuse stop strings that the harness's text does not show, unless the engine stops at them too: a row goes on behind
+        them for as long as its neighbours do."""
+        tokenizer = self.lm.tokenizer
+        hidden = set(tokenizer.all_special_tokens)
+        for term in until:
+            if term in hidden and tokenizer.convert_tokens_to_ids(term) not in call.end_ids and self.lm.batch_size != 1:
+                raise UncacheableError("criterion", f"the engine does not stop at {term!r}")
+
+    def _keyed(self, call: Call, row: int, one: _Asked) -> Request:
+        request = call.requests[row]
+        if self._plain(call, one):
+            return request
+        return dataclasses.replace(request, kind="generate_until", settings=self._settings(request.settings, one))
+
+    def _plain(self, call: Call, one: _Asked) -> bool:
+        """Whether the end id alone stops this request, so that any script's answer to it is the harness's too."""
+        eos = self.lm.eot_token_id
+        return eos in call.end_ids and one.until == (self.lm.tok_decode(eos, skip_special_tokens=False),)
+
+    def _settings(self, settings: Fields, one: _Asked) -> Fields:
+        known = self.__dict__.setdefault("_known", {})
+        place = (id(settings), one.until)
+        if place not in known:
+            how = {
+                "client": [self.owner._client, self.owner._version],
+                "until": list(one.until),
+                "think_end_token": self.lm.think_end_token,
+                "tokenizer": tokenizer_digest(self.lm.tokenizer),
+            }
+            known[place] = (settings, Fields(dict(settings) | how))
+        return known[place][1]
+
+    # --- computing -----------------------------------------------------------------------------------------------------
+
+    def _compute(self, missing: Sequence[int], calls: Sequence[tuple[Call, int]], serving: Serving) -> None:
+        """Have the harness answer the missing requests, and take each answer as it comes."""
+
+        def take(numbered: int, text: str, made: _Row) -> None:
+            position = missing[numbered]
+            call, _ = calls[position]
+            one = self.asked[self.places[position]]
+            plain = self._plain(call, one)
+            serving.put(
+                position,
+                Result(
+                    tokens=pack_tokens(made.tokens),
+                    # Text that the harness has cut is nobody else's.
+                    text=None if plain else text,
+                    finish_reason="stop" if len(made.tokens) and int(made.tokens[-1]) in call.end_ids else made.reason,
+                    cost=made.cost,
+                ),
+            )
+
+        self._run([self.places[position] for position in missing], take, calls[0][0])
+
+    def _run(self, places: Sequence[int], take: Callable[[int, str, _Row], None], call: Call) -> list[str]:
+        """The harness's own ``generate_until`` over some of the requests; ``take`` is told of each answer."""
+        lm = self.lm
+        numbered = [
+            dataclasses.replace(
+                self.requests[place], arguments=(_Numbered.of(self.asked[place].text, number), self.asked[place].given)
+            )
+            for number, place in enumerate(places)
+        ]
+        batch: list[_Row] = []
+        generate = lm._model_generate
+
+        def watched(context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+            with measured(unwrap(lazy.awake(lm._model)), context.device) as watch:
+                output = generate(context, max_length, stop, **kwargs)
+            batch[:] = _rows(call, context, kwargs.get("attention_mask"), output, watch)
+            return output
+
+        class Hook:
+            """Takes each answer as it is made; the caller's own hook is told at the end, of all."""
+
+            def add_partial(self, _: str, request: Any, answer: str) -> None:
+                take(request[0].place, answer, batch.pop(0))
+
+        hook, lm.cache_hook = lm.cache_hook, Hook()
+        lm._model_generate = watched
+        try:
+            return self.original(lm, numbered, self.disable_tqdm)
+        finally:
+            lm.cache_hook = hook
+            del lm._model_generate
+
+    def _text(self, place: int, result: Result) -> str:
+        return result.text if result.text is not None else self._cut(unpack_tokens(result.tokens).tolist(), self.asked[place])
+
+    def _cut(self, tokens: list[int], one: _Asked) -> str:
+        """The text of a row as the harness cuts it."""
+        from lm_eval.models.utils import postprocess_generated_text
+
+        lm, mark = self.lm, self.lm.think_end_token
+        if isinstance(mark, int) and mark in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(mark) :]
+        text = lm.tok_decode(tokens)
+        if isinstance(mark, int):
+            text = text.lstrip()
+        return postprocess_generated_text(
+            generation=text, stop=list(one.until), think_end_token=mark if isinstance(mark, str) else None
+        )
+
+    # --- samples -------------------------------------------------------------------------------------------------------
+
+    def _serve_sampled(
+        self, seam: Seam, watch: Watch, manifest: Manifest, environment: Environment, calls: Sequence[tuple[Call, int]]
+    ) -> dict[int, str]:
+        """All sampled requests of a call, in their order, as one Action with the states of the generators."""
+        lm, device = self.lm, self.lm.device
+        asked = []
+        for place, (call, row) in zip(self.places, calls, strict=True):
+            ids = call.ids[row][call.mask[row] != 0]
+            # A batch's own request holds the settings; ids and generators of the chunk in which it was resolved are no part here.
+            settings = self._settings(call.requests[0].settings, self.asked[place])
+            asked.append([pack_tokens(ids.cpu().numpy()), settings.digest.value])
+        states = [digest_bytes(tensor_bytes(state)).value for state in generator_states(device)]
+        batching = [str(lm.batch_size), lm.max_batch_size, float(lm.batch_schedule)]
+        settings = Fields({"client": [self.owner._client, self.owner._version], "batching": batching})
+        request = Request("generate_until_call", b"", settings, {"requests": asked, "generators": states})
+        texts: list[str] = []
+
+        def compute(_: Sequence[int]) -> Iterator[tuple[int, Result]]:
+            seam.wake(lm._model, watch, manifest)
+            costs: list[Cost] = []
+            tokens: list[int] = []
+
+            def take(_: int, __: str, made: _Row) -> None:
+                costs.append(made.cost)
+                tokens.extend(int(token) for token in made.tokens)
+
+            texts.extend(self._run(self.places, take, calls[0][0]))
+            arrays = {f"generator.{place}": to_array(state) for place, state in enumerate(generator_states(device))}
+            total = Cost(
+                sum(cost.seconds for cost in costs),
+                sum(cost.prompt_tokens for cost in costs),
+                sum(cost.completion_tokens for cost in costs),
+                costs[0].device,
+                max(cost.batch_size for cost in costs),
+            )
+            yield 0, Result(tokens=pack_tokens(tokens), scalars={"texts": list(texts)}, arrays=arrays, cost=total)
+
+        (result,) = self.owner.cache.serve(
+            watch, [Action(manifest.root, request, environment)], compute, client=self.owner._client
+        )
+        if not texts:
+            texts = [str(text) for text in result.scalars["texts"]]
+            stored = {name: to_tensor(array) for name, array in result.arrays.items()}
+            restore_generators([stored[name] for name in sorted(stored)], device)
+            _log.info(f"evalcache: generate_until {len(texts)} sampled requests stored, as one call")
+        return dict(zip(self.places, texts, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    """One computed row: its new tokens up to its own end, why it ended, and its share of the batch's cost."""
+
+    tokens: Any
+    reason: str | None
+    cost: Cost
+
+
+def _rows(call: Call, context: torch.Tensor, mask: torch.Tensor | None, output: torch.Tensor, watch: Stopwatch) -> list[_Row]:
+    here = copy.copy(call)
+    here.prefix = context
+    results = row_results(here, output, context.shape[0])
+    tokens = [unpack_tokens(result.tokens) for result in results]
+    prompts = [context.shape[1]] * context.shape[0] if mask is None else [int(row.sum()) for row in mask]
+    costs = share(watch, prompts, [len(row) for row in tokens], device_name(context.device.type))
+    return [
+        # A row that a stop string ended goes on for as long as its neighbours do: neither stopped by its length nor by its end.
+        _Row(row, result.finish_reason if result.finish_reason == "stop" else None, cost)
+        for row, result, cost in zip(tokens, results, costs, strict=True)
+    ]
+
+
+def _read(lm: Any, instance: Any) -> _Asked:
+    """One of the harness's instances, its settings as the harness reads them."""
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+    text, given = instance.args
+    if type(text) is not str or not isinstance(given, dict):
+        raise UncacheableError("argument", "a request that is not (text, settings)")
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, lm.max_gen_toks))
+    eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
+    until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+    return _Asked(text, given, kwargs, tuple(until))
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _canonical(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise UncacheableError("argument", f"a generation setting of type {type(value).__name__}")
+
+
+def _bare_generate(model: Any) -> Callable[..., Any]:
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return lazy.awake(model).generate(*args, **kwargs)
+
+    return generate
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness warns of prompts that it cuts when it runs them; not once more because they were looked up."""
+    log = logging.getLogger("lm_eval.models.huggingface")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

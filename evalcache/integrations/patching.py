@@ -1,0 +1,35 @@
+"""Patches: put functions in the place of a library's own, and put the originals back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from evalcache.code import ORIGINAL
+
+
+class Patches:
+    """What was replaced, to be put back in reverse order. Our functions carry the original: `code.is_ours` knows them by it."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[Any, str, Any]] = []
+
+    def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``make(original)`` in the place of ``owner.name``; nothing where that is ours already.
+
+        Args:
+            owner: a class or a module, which has ``name`` itself. make: the original function → ours.
+        """
+        original = vars(owner)[name]
+        if hasattr(original, ORIGINAL):
+            return
+        ours = functools.wraps(original)(make(original))
+        setattr(ours, ORIGINAL, original)
+        setattr(owner, name, ours)
+        self._done.append((owner, name, original))
+
+    def undo(self) -> None:
+        """Put everything back."""
+        while self._done:
+            setattr(*self._done.pop())
