@@ -25,6 +25,8 @@ from evalcache.tables import COLUMNS, Row, event_rows, model_rows, output_row, r
 
 _FLUSH_ROWS = 20_000
 _FLUSH_BYTES = 64 << 20
+_ONCE = {"tasks": "version, settings::VARCHAR", "documents": "document, replace(digest::VARCHAR, '-', '')"}
+"""Tables whose rows are told again by every run → what, after client and task, makes a row of it the same one."""
 _READ_KEYS = 256  # entries in memory at once: some hold tensors
 
 
@@ -62,6 +64,7 @@ class Intake:
         self._keys: dict[Digest, None] = {}
         self._json: dict[Digest, str | None] = {}
         self._dtypes: dict[Digest, str | None] = {}
+        self._told: dict[tuple[str, str, str], set[Row]] = {}
         self._fields = self._known("SELECT digest FROM fields")
         self._models = self._known("SELECT digest FROM models")
 
@@ -80,14 +83,21 @@ class Intake:
             return
         try:
             for table, rows in event_rows(store_id, seq, event).items():
-                self._add(table, rows)
-        except (ValueError, TypeError):  # columns of unequal length: one bad event must not stop the ledger for good
+                self._add(table, self._new(table, rows) if table in _ONCE else rows)
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # columns of unequal length: one bad event must not stop the ledger for good
             self.skipped += 1
         if isinstance(event, ModelSeen):
             self._take_model(Digest(event.root), time.time())
 
     def take_frames(self, store: JournalSource, progress: Callable[[int, int], None] | None = None) -> None:
-        """Every entry of the store that is not in the tables yet: the anti-join of a rebuild."""
+        """Every entry of the store that is not in the tables yet: the anti-join of a rebuild.
+
+        What came through the journal alone (runs, lookups, overheads, tasks, documents, scores) is not in the store any more.
+        """
         self.finish()
         asked, answered = self._known("SELECT DISTINCT key FROM requests"), self._known("SELECT DISTINCT key FROM outputs")
         for number, (key, frame) in enumerate(store.frames(), 1):
@@ -155,6 +165,24 @@ class Intake:
             self._dtypes[digest] = named if isinstance(named, str) else None
         return self._json[digest]
 
+    def _new(self, table: str, rows: list[Row]) -> list[Row]:
+        """The rows of ``tasks`` or ``documents`` that are neither in the ledger nor on their way: every run tells them all again.
+
+        Asked by task, and not before one is met: what a sync of other things costs must not grow with the ledger.
+        """
+        new = []
+        for row in rows:
+            client, task, *identity = row[:4]
+            known = self._told.get((table, client, task))
+            if known is None:
+                sql = f"SELECT {_ONCE[table]} FROM {table} WHERE client = ? AND task = ?"
+                known = self._told[table, client, task] = set(self._connection.execute(sql, [client, task]).fetchall())
+            if tuple(identity) not in known:
+                known.add(tuple(identity))
+                new.append(row)
+                self._waiting_bytes += sum(len(value) for value in row if isinstance(value, str))
+        return new
+
     def _known(self, sql: str) -> set[str]:
         return {row[0].hex for row in self._connection.execute(sql).fetchall()}
 
@@ -173,7 +201,7 @@ class Intake:
 
 
 _READ_AS = {  # SQL type → (type of the member in JSON, expression over the member)
-    "JSON": ("VARCHAR", "{0}::JSON"),
+    "JSON": ("VARCHAR", "TRY_CAST({0} AS JSON)"),
     "BLOB": ("VARCHAR", "unhex({0})"),
     "TIMESTAMP": ("BIGINT", "make_timestamp({0})"),
 }

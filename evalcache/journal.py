@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.errors import CanonicalError
@@ -102,21 +102,100 @@ class Overhead:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class TaskSeen:
+    """A run evaluates a task. A task that the ledger knows in this version and with these settings is not written again.
+
+    The store keeps no tasks, documents and scores once the ledger has them: a ledger that is lost loses them.
+
+    Args:
+        client, task: the eval framework, and the task's name in it, as in `LookedUp`.
+        version: of the task's definition, empty where it has none.
+        settings: what else its scores depend on (shots, template, split, output type, …), in canonical values.
+    """
+
+    run: str
+    client: str
+    task: str
+    version: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentsSeen:
+    """Documents of one task, as columns of equal length. Those that the ledger knows by name and digest are not written again.
+
+    An event is held in memory as a whole: at most a few thousand documents and a few megabytes each; more are several events.
+
+    Args:
+        documents: names within the task, as in `LookedUp`.
+        digests: 16 bytes each, over the content.
+        contents: JSON text (question, choices, target), empty where it is too large to keep.
+    """
+
+    run: str
+    client: str
+    task: str
+    documents: tuple[str, ...]
+    digests: tuple[bytes, ...]
+    contents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What answers of one task were worth, as columns of equal length: one row for each document and metric.
+
+    An event is held in memory as a whole: at most a few thousand rows; more are several events.
+
+    Args:
+        role: of the model that was scored, as in `LookedUp`.
+        documents: names within the task. A name that stands there again for a metric is another try, averaged with the first;
+            without a name (empty) each row counts as a document of its own.
+        metrics: ``acc``, ``exact_match``, …
+        values: what is not finite is known to the ledger as NULL.
+        clusters: name of the group that the document belongs to, for standard errors; empty where there is none.
+        requests: 16 bytes each, as ``request`` in the ledger's table ``requests``; empty where it is not known.
+    """
+
+    run: str
+    client: str
+    task: str
+    role: str
+    documents: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: tuple[float, ...]
+    clusters: tuple[str, ...]
+    requests: tuple[bytes, ...]
+
+
 OVERHEAD_KINDS = ("fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync")
 
-Event = RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead
-_EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (RunStarted, RunEnded, ModelSeen, ModelLoaded, Stored, LookedUp, Overhead)
-}
+Event = RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead | TaskSeen | DocumentsSeen | Scored
+_EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def encode_event(event: Event) -> bytes:
-    """The canonical bytes of an event."""
+    """The canonical bytes of an event. Lone surrogates, which have none, are written as ``?``: names and contents are a client's.
+
+    Raises:
+        CanonicalError: some part has a type that has no canonical bytes.
+    """
     values: dict[str, Any] = {}
     for spec in dataclasses.fields(event):
         value = getattr(event, spec.name)
         values[spec.name] = dict(value) if isinstance(value, Mapping) else value
-    return encode_canonical([type(event).__name__, values])
+    try:
+        return encode_canonical([type(event).__name__, values])
+    except UnicodeEncodeError:
+        return encode_canonical([type(event).__name__, _as_text(values)])
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {_as_text(name): _as_text(item) for name, item in value.items()}
+    return [_as_text(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def decode_event(data: bytes) -> Event:

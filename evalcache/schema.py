@@ -151,25 +151,28 @@ CREATE TABLE tasks ( -- What an eval is about; filled by the adapters of eval fr
     client VARCHAR, -- eval framework
     task VARCHAR, -- its name
     version VARCHAR, -- of its definition
-    settings JSON -- shots, template, split, …
+    settings JSON -- shots, template, split, …; a task is there once for each version and settings
 );
-CREATE TABLE documents ( -- One row per document of a task; filled likewise.
+CREATE TABLE documents ( -- One row per document of a task and content; filled likewise.
     client VARCHAR, -- eval framework
     task VARCHAR, -- its task
     document VARCHAR, -- its name within the task
     digest UUID, -- over its content
-    content JSON -- question, choices, target
+    content JSON -- question, choices, target; NULL where it was too large
 );
 CREATE TABLE scores ( -- What an answer was worth; filled likewise.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    n INTEGER, -- place in the event
     run VARCHAR, -- id of the run
-    request UUID, -- as in requests
+    request UUID, -- as in requests; NULL where it is not known
     client VARCHAR, -- eval framework
     task VARCHAR, -- its task
     document VARCHAR, -- its document
     role VARCHAR, -- of the model
     metric VARCHAR, -- acc, exact_match, …
-    value DOUBLE, -- the score
-    cluster VARCHAR -- documents that belong together, for standard errors
+    value DOUBLE, -- the score; NULL where it was not finite
+    cluster VARCHAR -- documents that belong together, for standard errors; NULL for a document by itself
 );
 """
 
@@ -260,6 +263,49 @@ CREATE VIEW uncacheable_by_reason AS
 SELECT run, reason, count(*) AS requests, sum(seconds) AS seconds, min(detail) AS example
 FROM (SELECT DISTINCT ON (store, seq, n) * FROM lookups) WHERE outcome = 'uncacheable'
 GROUP BY run, reason ORDER BY run, requests DESC, reason;
+
+-- What each document scored in a run, once: several tries (epochs, repeats) count as one with their mean.
+CREATE VIEW scores_by_document AS
+SELECT run, client, task, role, metric, document, min(cluster) AS cluster, avg(value) AS value, count(value) AS tries
+FROM (SELECT DISTINCT ON (store, seq, n) * FROM scores)
+GROUP BY run, client, task, role, metric, document, CASE WHEN document = '' THEN (store, seq, n) END;
+
+-- The mean over a task's documents in a run. standard_error: of the mean, by clusters; a document without one is its own, so that
+-- without any this is the standard deviation over the root of the number of documents. unscored: documents whose value is NULL.
+-- Source: Miller 2024, Adding error bars to evals (arXiv 2411.00640), its variance times C / (C − 1) for C clusters.
+CREATE VIEW scores_by_run AS
+WITH each AS (
+    SELECT *, CASE WHEN cluster IS NULL THEN row_number() OVER () END AS alone,
+        avg(value) OVER (PARTITION BY run, client, task, role, metric) AS mean
+    FROM scores_by_document
+), clusters AS (
+    SELECT run, client, task, role, metric, mean, count(value) AS documents, count(*) - count(value) AS unscored,
+        sum(value - mean) AS deviation, cluster IS NOT NULL AS clustered
+    FROM each GROUP BY run, client, task, role, metric, mean, cluster, alone
+)
+SELECT run, client, task, role, metric, sum(documents)::BIGINT AS documents, any_value(mean) AS mean,
+    CASE WHEN count(deviation) > 1 THEN
+        sqrt(sum(deviation * deviation) * count(deviation) / (count(deviation) - 1)) / sum(documents) END AS standard_error,
+    nullif(count(deviation) FILTER (clustered), 0) AS clusters, sum(unscored)::BIGINT AS unscored
+FROM clusters GROUP BY run, client, task, role, metric ORDER BY run, client, task, role, metric;
+
+-- What the same document scored in two runs: each pair once, the run that began first on the left. models and names: whom the
+-- run asked in that role, where its lookups tell.
+CREATE VIEW scores_side_by_side AS
+WITH began AS (
+    SELECT run, row_number() OVER (ORDER BY min(started_at) NULLS LAST, run) AS place
+    FROM (SELECT DISTINCT run FROM scores) LEFT JOIN runs USING (run) GROUP BY run
+), asked AS (
+    SELECT run, l.role, list(DISTINCT model ORDER BY model) AS models, list(DISTINCT n.name ORDER BY n.name) AS names
+    FROM (SELECT DISTINCT run, role, model FROM lookups WHERE model IS NOT NULL) l LEFT JOIN model_names n USING (run, model)
+    GROUP BY run, l.role
+), told AS (
+    SELECT * FROM scores_by_document JOIN began USING (run) LEFT JOIN asked USING (run, role) WHERE document <> ''
+)
+SELECT client, task, role, metric, document, a.value AS value_a, b.value AS value_b, b.value - a.value AS difference,
+    a.names AS names_a, b.names AS names_b, a.models AS models_a, b.models AS models_b, a.run AS run_a, b.run AS run_b
+FROM told a JOIN told b USING (client, task, role, metric, document)
+WHERE a.place < b.place;
 """
 
 STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1,)

@@ -14,9 +14,20 @@ from typing import Any
 import numpy as np
 
 from evalcache.canonical import encode_trusted
-from evalcache.digest import Digest, digest_bytes
+from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
 from evalcache.frame import Question
-from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded, RunStarted
+from evalcache.journal import (
+    DocumentsSeen,
+    Event,
+    LookedUp,
+    ModelLoaded,
+    ModelSeen,
+    Overhead,
+    RunEnded,
+    RunStarted,
+    Scored,
+    TaskSeen,
+)
 from evalcache.manifest import Manifest
 from evalcache.records import Entry
 from evalcache.schema import columns
@@ -53,6 +64,13 @@ def event_rows(store: str, seq: int, event: Event) -> dict[str, list[Row]]:
             return {"overheads": [(store, seq, run, at, kind, spent) for kind, spent in seconds.items()]}
         case LookedUp():
             return {"lookups": _lookup_rows(store, seq, event)}
+        case TaskSeen(_, client, task, version, settings):
+            return {"tasks": [(client, task, version, render_json(dict(settings)))]}
+        case DocumentsSeen(_, client, task):
+            told = zip(event.documents, event.digests, event.contents, strict=True)
+            return {"documents": [(client, task, name, _uuid(digest), content or None) for name, digest, content in told]}
+        case Scored():
+            return {"scores": _score_rows(store, seq, event)}
     return {}
 
 
@@ -146,6 +164,23 @@ def _lookup_rows(store: str, seq: int, event: LookedUp) -> list[Row]:
         asked = (store, seq, n, event.run, event.at, key.hex() or None, model, event.client, event.role, task, document)
         rows.append((*asked, outcome, reason or None, detail or None, seconds))
     return rows
+
+
+def _score_rows(store: str, seq: int, event: Scored) -> list[Row]:
+    rows = []
+    told = zip(event.requests, event.documents, event.metrics, event.values, event.clusters, strict=True)
+    for n, (request, document, metric, value, cluster) in enumerate(told):
+        answered = (store, seq, n, event.run, _uuid(request), event.client, event.task, document, event.role)
+        rows.append((*answered, metric, _finite(value), cluster or None))
+    return rows
+
+
+def _uuid(digest: bytes) -> str | None:
+    return digest.hex() if len(digest) == SIZE_BYTES else None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _readable(value: Any) -> Any:

@@ -12,6 +12,7 @@ from evalcache.canonical import encode_canonical
 from evalcache.errors import CanonicalError
 from evalcache.journal import (
     OVERHEAD_KINDS,
+    DocumentsSeen,
     Event,
     LookedUp,
     ModelLoaded,
@@ -19,7 +20,9 @@ from evalcache.journal import (
     Overhead,
     RunEnded,
     RunStarted,
+    Scored,
     Stored,
+    TaskSeen,
     decode_event,
     encode_event,
 )
@@ -48,6 +51,11 @@ EVENTS = [
     Stored("r", ()),
     LOOKED_UP,
     Overhead("r", 3.0, dict.fromkeys(OVERHEAD_KINDS, 0.25)),
+    TaskSeen("r", "lm_eval", "gsm8k"),
+    TaskSeen("r", "lm_eval", "gsm8k", "3.0", {"shots": 5, "split": "test", "stop": ["\n", "Q:"], "filter": {"group": -1}}),
+    DocumentsSeen("r", "lm_eval", "gsm8k", ("0", "naïve"), (bytes(16), bytes(range(16))), ('{"question": "2 + 2?"}', "")),
+    DocumentsSeen("r", "lm_eval", "gsm8k", (), (), ()),
+    Scored("r", "lm_eval", "gsm8k", "judge", ("0", "1"), ("acc",) * 2, (0.5, float("-inf")), ("", "a"), (b"", bytes(16))),
 ]
 
 
@@ -89,6 +97,14 @@ def test_columns_come_back_as_columns(rows: list[tuple[bytes, str, float | None]
 def test_anything_else_is_refused(data: bytes) -> None:
     with pytest.raises(CanonicalError):
         decode_event(data)
+
+
+def test_text_that_is_not_unicode_is_written_all_the_same() -> None:
+    event = DocumentsSeen("r", "c\ud800", "t", ("1", "\udcff"), (b"\xff" * 16, bytes(16)), ('"é\udcff"', ""))
+    told = DocumentsSeen("r", "c?", "t", ("1", "?"), (b"\xff" * 16, bytes(16)), ('"é?"', ""))
+    assert decode_event(encode_event(event)) == told
+    task = TaskSeen("r", "c", "t", "1", {"stop\ud800": ["\ud800", 1, None]})
+    assert decode_event(encode_event(task)) == TaskSeen("r", "c", "t", "1", {"stop?": ["?", 1, None]})
 
 
 def test_an_event_that_cannot_be_written_exactly_is_refused() -> None:

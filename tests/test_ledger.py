@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import stat
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
 from recorded import (
     BASE,
     FIRST,
     NOON,
     SECOND,
+    THIRD,
     TUNED,
     ask_all,
     begin,
@@ -31,8 +34,9 @@ from recorded import (
 )
 
 from evalcache.canonical import decode
+from evalcache.digest import digest_bytes
 from evalcache.errors import LedgerError, LedgerLockedError
-from evalcache.journal import RunEnded
+from evalcache.journal import DocumentsSeen, Event, LookedUp, RunEnded, Scored, TaskSeen
 from evalcache.ledger import Ledger, Table
 from evalcache.records import pack_tokens
 from evalcache.schema import VERSION, columns
@@ -491,6 +495,273 @@ class TestViews:
         )
         ledger.sync(pair[0])
         assert ledger.query("SELECT status FROM hits_by_run WHERE run = ?", ["6" * 32]).rows == [("unfinished",)]
+
+
+def documents(run: str, names: dict[str, str], task: str = "gsm8k", client: str = "lm_eval") -> DocumentsSeen:
+    digests = tuple(digest_bytes(content.encode()).value for content in names.values())
+    return DocumentsSeen(run, client, task, tuple(names), digests, tuple(names.values()))
+
+
+def scored(
+    run: str, values: dict[str, float], clusters: dict[str, str] | None = None, metric: str = "acc", role: str = "", **of: str
+) -> Scored:
+    grouped = tuple((clusters or {}).get(name, "") for name in values)
+    told = (tuple(values), (metric,) * len(values), tuple(values.values()), grouped, (b"",) * len(values))
+    return Scored(run, of.get("client", "lm_eval"), of.get("task", "gsm8k"), role, *told)
+
+
+def tell(pair: tuple[Store, Ledger], *events: Event) -> int:
+    """Through the store into the ledger; returns how many events were skipped."""
+    store, ledger = pair
+    write(store, FIRST, NOON, (), events)
+    return ledger.sync(store).skipped
+
+
+class TestWhatAnEvalIsAbout:
+    def test_every_field_arrives(self, pair: tuple[Store, Ledger]) -> None:
+        _, ledger = pair
+        content = '{"question": "naïve 😀 \'\\"\\\\", "choices": [1, 2.5, null]}'
+        events = [
+            TaskSeen(FIRST, "lm_eval", "gsm8k", "3.0", {"shots": 5, "split": "test", "stop": ["\n", {"raw": b"\x00\xff"}]}),
+            documents(FIRST, {"7": content, "large": ""}),
+            Scored(
+                FIRST, "lm_eval", "gsm8k", "judge", ("7", "8"), ("acc", "f1"), (1 / 3, 5e-324), ("a", ""), (bytes(range(16)), b"")
+            ),
+        ]
+        assert tell(pair, *events) == 0
+        assert ledger.query("SELECT * FROM tasks").rows == [
+            ("lm_eval", "gsm8k", "3.0", '{"stop": ["\\n", {"raw": "00ff"}], "shots": 5, "split": "test"}')
+        ]
+        assert ledger.query("SELECT * FROM documents ORDER BY document").rows == [
+            ("lm_eval", "gsm8k", "7", digest_bytes(content.encode()).hex, content),
+            ("lm_eval", "gsm8k", "large", digest_bytes(b"").hex, None),
+        ]
+        assert ledger.query("SELECT content->>'question' FROM documents WHERE document = '7'").rows == [("naïve 😀 '\"\\",)]
+        first, second = ledger.query("SELECT * EXCLUDE (store, seq) FROM scores ORDER BY n").rows
+        assert first == (0, FIRST, bytes(range(16)).hex(), "lm_eval", "gsm8k", "7", "judge", "acc", 1 / 3, "a")
+        assert second == (1, FIRST, None, "lm_eval", "gsm8k", "8", "judge", "f1", 5e-324, None)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_a_value_that_is_not_finite_is_null_and_counted(self, pair: tuple[Store, Ledger], value: float) -> None:
+        assert tell(pair, scored(FIRST, {"1": value, "2": 1.0, "3": 0.0})) == 0
+        assert pair[1].query("SELECT value FROM scores ORDER BY n").rows == [(None,), (1.0,), (0.0,)]
+        row = only(pair[1].query("SELECT * FROM scores_by_run"))
+        assert (row["documents"], row["unscored"], row["mean"], row["standard_error"]) == (2, 1, 0.5, 0.5)
+
+    @pytest.mark.parametrize("at_once", [True, False], ids=["one sync", "three syncs"])
+    def test_tasks_and_documents_are_written_once(self, pair: tuple[Store, Ledger], at_once: bool) -> None:
+        told = [
+            [TaskSeen(run, "lm_eval", "gsm8k", "3.0", {"shots": 5, "split": "test"}), documents(run, {"1": "{}", "2": "[]"})]
+            for run in (FIRST, SECOND, THIRD)
+        ]
+        for events in [[*told[0], *told[1], *told[2]]] if at_once else told:
+            assert tell(pair, *events) == 0
+        assert pair[1].query("SELECT count(*) FROM tasks").rows == [(1,)]
+        assert pair[1].query("SELECT document, content FROM documents ORDER BY document").rows == [("1", "{}"), ("2", "[]")]
+
+    def test_twice_within_one_event_is_once(self, pair: tuple[Store, Ledger]) -> None:
+        one = documents(FIRST, {"1": "{}"})
+        tell(pair, DocumentsSeen(FIRST, one.client, one.task, one.documents * 3, one.digests * 3, one.contents * 3))
+        assert pair[1].query("SELECT count(*) FROM documents").rows == [(1,)]
+
+    @pytest.mark.parametrize("name", ["it's; DROP", "nul\x00", "naïve 😀", "3"])
+    def test_odd_names_are_known_again(self, pair: tuple[Store, Ledger], name: str) -> None:
+        for run in (FIRST, SECOND):
+            tell(pair, TaskSeen(run, name, name, name, {name: name}), documents(run, {name: "{}"}, name, name))
+        assert pair[1].query("SELECT client, task, version FROM tasks").rows == [(name,) * 3]
+        assert pair[1].query("SELECT client, task, document FROM documents").rows == [(name,) * 3]
+
+    def test_each_part_of_the_identity_makes_another_row(self, pair: tuple[Store, Ledger]) -> None:
+        tell(pair, TaskSeen(FIRST, "a", "t", "1", {"shots": 0}), documents(FIRST, {"1": "{}"}, "t", "a"))
+        tell(
+            pair,
+            TaskSeen(SECOND, "b", "t", "1", {"shots": 0}),
+            TaskSeen(SECOND, "a", "u", "1", {"shots": 0}),
+            TaskSeen(SECOND, "a", "t", "2", {"shots": 0}),
+            TaskSeen(SECOND, "a", "t", "1", {"shots": 0.0}),
+            TaskSeen(SECOND, "a", "t", "1", {}),
+            documents(SECOND, {"1": "{}"}, "t", "b"),
+            documents(SECOND, {"1": "{}"}, "u", "a"),
+            documents(SECOND, {"2": "{}"}, "t", "a"),
+            documents(SECOND, {"1": "[]"}, "t", "a"),
+        )
+        assert pair[1].query("SELECT count(*) FROM tasks").rows == [(6,)]
+        assert pair[1].query("SELECT count(*) FROM documents").rows == [(5,)]
+
+    def test_of_another_store_is_known_too(self, tmp_path: Path) -> None:
+        one, ledger = open_pair(tmp_path)
+        other = Store(tmp_path / "other")
+        for store in (one, other):
+            tell((store, ledger), TaskSeen(FIRST, "lm_eval", "gsm8k"), documents(FIRST, {"1": "{}"}), scored(FIRST, {"1": 1.0}))
+        assert ledger.query("SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM documents)").rows == [(1, 1)]
+        assert ledger.query("SELECT count(*) FROM scores").rows == [(2,)]
+
+    def test_a_task_of_many_documents_arrives_whole_and_once(self, pair: tuple[Store, Ledger]) -> None:
+        names = [f"{n}" for n in range(25_000)]
+        parts = [names[start : start + 2000] for start in range(0, len(names), 2000)]
+        for run in (FIRST, SECOND):
+            told = [documents(run, {name: f'{{"n": {name}}}' for name in part}) for part in parts]
+            tell(pair, *told, *(scored(run, {name: float(name) for name in part}) for part in parts))
+        assert pair[1].query("SELECT count(*), count(DISTINCT digest) FROM documents").rows == [(25_000, 25_000)]
+        assert pair[1].query("SELECT documents, mean FROM scores_by_run").rows == [(25_000, 12_499.5)] * 2
+
+    def test_what_is_malformed_stops_nothing(self, pair: tuple[Store, Ledger]) -> None:
+        good = documents(FIRST, {"1": "{}"})
+        events = [
+            DocumentsSeen(FIRST, "lm_eval", "gsm8k", ("1", "2"), good.digests, good.contents),
+            Scored(FIRST, "lm_eval", "gsm8k", "", ("1",), ("acc",), (), ("",), (b"",)),
+            Scored(FIRST, "lm_eval", "gsm8k", "", ("1",), ("acc",), ("high",), ("",), (b"",)),  # type: ignore[arg-type]
+            Scored(FIRST, "lm_eval", "gsm8k", "", ("1",), ("acc",), (1.0,), ("",), (3,)),  # type: ignore[arg-type]
+            DocumentsSeen(FIRST, "lm_eval", "gsm8k", ("1",), ("x" * 16,), ("{}",)),  # type: ignore[arg-type]
+            TaskSeen(FIRST, "lm_eval", "gsm8k", "1", None),  # type: ignore[arg-type]
+        ]
+        odd = DocumentsSeen(FIRST, "lm_eval", "gsm8k", ("short", "no json"), (b"\x01", bytes(16)), ("{}", "{'a'"))
+        assert tell(pair, *events, odd, good, scored(FIRST, {"1": 1.0})) == len(events)
+        assert pair[0].journal_count() == 0
+        assert pair[1].query("SELECT document, digest, content FROM documents ORDER BY document").rows == [
+            ("1", digest_bytes(b"{}").hex, "{}"),
+            ("no json", bytes(16).hex(), None),
+            ("short", None, "{}"),
+        ]
+        assert pair[1].query("SELECT document, value FROM scores").rows == [("1", 1.0)]
+
+    def test_a_lost_ledger_loses_them(self, pair: tuple[Store, Ledger]) -> None:
+        store, ledger = pair
+        cold_and_warm(store)
+        tell(pair, TaskSeen(FIRST, "lm_eval", "gsm8k"), documents(FIRST, {"1": "{}"}), scored(FIRST, {"1": 1.0}))
+        ledger.path.unlink()
+        assert ledger.rebuild(store).entries == 3
+        for table in ("tasks", "documents", "scores"):
+            assert ledger.query(f"SELECT count(*) FROM {table}").rows == [(0,)]
+        # The next run tells its tasks and documents again.
+        tell(pair, TaskSeen(SECOND, "lm_eval", "gsm8k"), documents(SECOND, {"1": "{}"}))
+        assert ledger.query("SELECT count(*) FROM tasks").rows == ledger.query("SELECT count(*) FROM documents").rows == [(1,)]
+
+
+class TestScores:
+    """The views, and once more with every row there twice."""
+
+    @pytest.fixture(params=["once", "twice"])
+    def told(self, request: pytest.FixtureRequest, pair: tuple[Store, Ledger]):
+        def tell_all(*events: Event) -> Ledger:
+            assert tell(pair, *events) == 0
+            if request.param == "twice":
+                with pair[1].reading(unsafe=True) as ask:
+                    for table in columns():
+                        ask(f"INSERT INTO {table} SELECT * FROM {table}")
+            return pair[1]
+
+        return tell_all
+
+    def test_a_mean_has_the_usual_standard_error(self, told) -> None:
+        values = np.random.default_rng(1).normal(size=50)
+        row = only(told(scored(FIRST, {str(n): float(v) for n, v in enumerate(values)})).query("SELECT * FROM scores_by_run"))
+        assert (row["run"], row["client"], row["task"], row["role"], row["metric"]) == (FIRST, "lm_eval", "gsm8k", "", "acc")
+        assert (row["documents"], row["clusters"], row["unscored"]) == (50, None, 0)
+        assert row["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert row["standard_error"] == pytest.approx(values.std(ddof=1) / math.sqrt(50), rel=1e-12)
+
+    def test_documents_of_a_cluster_are_not_independent(self, told) -> None:
+        # Four documents of two clusters, which agree within: as good as two. Mean 1/2; deviations of the clusters ±1;
+        # sqrt((1 + 1) · 2 / 1) / 4 = 1/2, where documents by themselves would have had sqrt(1/12) = 0.29.
+        clusters = {"1": "a", "2": "a", "3": "b", "4": "b"}
+        row = only(told(scored(FIRST, {"1": 1, "2": 1, "3": 0, "4": 0}, clusters)).query("SELECT * FROM scores_by_run"))
+        assert (row["documents"], row["clusters"], row["mean"], row["standard_error"]) == (4, 2, 0.5, 0.5)
+
+    def test_clusters_of_unequal_size_and_documents_without_one(self, told) -> None:
+        rng = np.random.default_rng(2)
+        values, groups = rng.normal(size=40), rng.integers(0, 7, size=40)
+        clusters = {str(n): f"c{group}" for n, group in enumerate(groups) if group}  # group 0: each by itself
+        ledger = told(scored(FIRST, {str(n): float(v) for n, v in enumerate(values)}, clusters))
+        labels = np.where(groups == 0, 100 + np.arange(40), groups)
+        # Every pair of a cluster's documents, as the paper has it.
+        away = values - values.mean()
+        pairs = float(np.where(labels[:, None] == labels[None, :], np.outer(away, away), 0.0).sum())
+        count = len(set(labels.tolist()))
+        row = only(ledger.query("SELECT * FROM scores_by_run"))
+        assert row["standard_error"] == pytest.approx(math.sqrt(pairs * count / (count - 1)) / 40, rel=1e-12)
+        assert (row["documents"], row["clusters"]) == (40, 6)
+
+    @pytest.mark.parametrize("clusters", [None, {"1": "a", "2": "a"}], ids=["one document", "one cluster"])
+    def test_one_alone_has_no_standard_error(self, told, clusters: dict[str, str] | None) -> None:
+        values = {"1": 1.0, "2": 0.0} if clusters else {"1": 0.5}
+        row = only(told(scored(FIRST, values, clusters)).query("SELECT * FROM scores_by_run"))
+        assert (row["mean"], row["standard_error"]) == (0.5, None)
+
+    def test_no_finite_value_has_no_mean(self, told) -> None:
+        row = only(told(scored(FIRST, {"1": math.nan, "2": math.inf})).query("SELECT * FROM scores_by_run"))
+        assert (row["documents"], row["unscored"], row["mean"], row["standard_error"]) == (0, 2, None, None)
+
+    def test_values_at_the_edge_of_a_double_do_not_break_it(self, told) -> None:
+        ledger = told(
+            scored(FIRST, {"1": 1.7e308, "2": 1.7e308, "3": -1.7e308}),
+            scored(SECOND, {"1": -1.7e308, "2": 1.0}),
+            scored(THIRD, {"1": 1.0, "2": 0.0}),
+        )
+        rows = {row[0]: row[1:] for row in ledger.query("SELECT run, mean, standard_error FROM scores_by_run").rows}
+        assert len(rows) == 3
+        assert rows[THIRD] == (0.5, 0.5)
+        assert len(ledger.query("SELECT * FROM scores_side_by_side").rows) == 2 + 2 + 2
+
+    def test_tries_of_one_document_count_once(self, told) -> None:
+        ledger = told(scored(FIRST, {"1": 1.0, "2": 0.0}), scored(FIRST, {"1": 0.0}), scored(FIRST, {"1": 0.5, "2": math.nan}))
+        row = only(ledger.query("SELECT * FROM scores_by_run"))
+        assert (row["documents"], row["unscored"], row["mean"], row["standard_error"]) == (2, 0, 0.25, 0.25)
+        rows = ledger.query("SELECT document, value, tries FROM scores_by_document ORDER BY document").rows
+        assert rows == [("1", 0.5, 3), ("2", 0.0, 1)]
+
+    def test_rows_without_a_document_stay_apart(self, told) -> None:
+        event = Scored(FIRST, "mine", "t", "", ("",) * 3, ("acc",) * 3, (1.0, 1.0, 0.0), ("",) * 3, (b"",) * 3)
+        ledger = told(event, scored(SECOND, {"": 1.0}, client="mine", task="t"))
+        rows = ledger.query("SELECT run, documents, mean FROM scores_by_run").rows
+        assert rows == [(FIRST, 3, pytest.approx(2 / 3)), (SECOND, 1, 1.0)]
+        assert ledger.query("SELECT * FROM scores_side_by_side").rows == []
+
+    def test_each_part_of_a_line_makes_another(self, told) -> None:
+        ledger = told(
+            scored(FIRST, {"1": 0.0}),
+            scored(SECOND, {"1": 1.0}),
+            scored(FIRST, {"1": 2.0}, client="mine"),
+            scored(FIRST, {"1": 3.0}, task="mmlu"),
+            scored(FIRST, {"1": 4.0}, role="judge"),
+            scored(FIRST, {"1": 5.0}, metric="f1"),
+        )
+        assert sorted(ledger.query("SELECT mean FROM scores_by_run").rows) == [(float(n),) for n in range(6)]
+
+    def test_two_runs_side_by_side(self, told) -> None:
+        def asked(run: str, model, role: str = "") -> LookedUp:
+            return LookedUp(run, NOON, model.root.value, "lm_eval", role, (bytes(16),), ("miss",), ("absent",), (1.0,))
+
+        late, early = FIRST, SECOND
+        ledger = told(
+            *begin(late, NOON + 100, TUNED, "tuned"),
+            *begin(early, NOON, BASE, "base"),
+            asked(late, TUNED),
+            asked(early, BASE),
+            asked(early, TUNED, "judge"),
+            scored(late, {"1": 1.0, "2": 0.25, "4": 1.0}),
+            scored(early, {"1": 0.0, "2": 0.75, "3": 1.0}),
+            scored(early, {"1": 9.0}, role="judge"),
+            scored(late, {"1": 9.0}, task="mmlu"),
+            scored(THIRD, {"2": math.nan}),
+        )
+        rows = ledger.query("SELECT * FROM scores_side_by_side ORDER BY document, run_a, run_b")
+        same = ("lm_eval", "gsm8k", "", "acc")
+        base, tuned = [BASE.root.hex], [TUNED.root.hex]
+        assert rows.rows == [
+            (*same, "1", 0.0, 1.0, 1.0, ["base"], ["tuned"], base, tuned, early, late),
+            (*same, "2", 0.25, None, None, ["tuned"], None, tuned, None, late, THIRD),
+            (*same, "2", 0.75, 0.25, -0.5, ["base"], ["tuned"], base, tuned, early, late),
+            (*same, "2", 0.75, None, None, ["base"], None, base, None, early, THIRD),
+        ]
+
+    def test_side_by_side_names_the_models(self, pair: tuple[Store, Ledger]) -> None:
+        store, ledger = pair
+        ask_all(store, FIRST, NOON, [(make_action(), make_result())], BASE, "base")
+        ask_all(store, SECOND, NOON + 50, [(make_action(TUNED), make_result())], TUNED, "tuned")
+        tell(pair, scored(FIRST, {"1": 0.0}), scored(SECOND, {"1": 1.0}))
+        rows = ledger.query("SELECT names_a, names_b, difference FROM scores_side_by_side").rows
+        assert rows == [(["base"], ["tuned"], 1.0)]
 
 
 def test_tokens_of_many_lengths_stay_in_order(pair: tuple[Store, Ledger]) -> None:
