@@ -255,23 +255,17 @@ SEQUENCES: dict[str, tuple[Callable[[], Any], list[Call]]] = {
         llama,
         [greedy(**ONE, stop_strings=["e", "th"], tokenizer=WORDS, num_beams=3, num_return_sequences=3, max_new_tokens=12)],
     ),
+    "beams that return a dict": (llama, [greedy(num_beams=3, **KW), greedy(num_beams=3), greedy(num_beams=3, **KW)]),
+    "beams of an encoder and decoder that return a dict": (
+        lambda: build("bart"),
+        [greedy(num_beams=3, num_return_sequences=2, **KW)],
+    ),
+    "ranks in step": (llama, [greedy(), greedy(synced_gpus=True)]),
+    "ids of a type that no embedding takes": (llama, [greedy(), greedy(input_ids=BATCH["input_ids"].short())]),
 }
 
-BEAMS = "a hit lacks beam_indices: generation.resolve must serve beams that return a dict as a whole"
-RANKS = "generation._refuse must refuse synced_gpus: a rank that hits does not join the others' collectives"
-UNFIXED: list[Any] = [
-    unfixed(llama, [greedy(num_beams=3, **KW)], why=BEAMS),
-    unfixed(lambda: build("bart"), [greedy(num_beams=3, num_return_sequences=2, **KW)], why=BEAMS),
-    unfixed(llama, [greedy(), greedy(synced_gpus=True)], why=RANKS),
-    unfixed(
-        llama,
-        [greedy(), greedy(input_ids=BATCH["input_ids"].short())],
-        why="ids of a type that no embedding takes are served: generation.resolve must take int32 and int64 only",
-    ),
-]
 
-
-@pytest.mark.parametrize(("make", "calls"), [*(pytest.param(*line, id=name) for name, line in SEQUENCES.items()), *UNFIXED])
+@pytest.mark.parametrize(("make", "calls"), SEQUENCES.values(), ids=SEQUENCES)
 def test_no_call_is_answered_by_another(make: Callable[[], Any], calls: list[Call], tmp_path: Path) -> None:
     model = make()
     bare = [(outcome(functools.partial(call, model)), torch.get_rng_state()) for call in calls]
@@ -326,9 +320,6 @@ class OwnCriteria(LlamaForCausalLM):
         return StoppingCriteriaList([*super()._get_stopping_criteria(*args, **kwargs), AllAtOnce()])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the probe sees raw logits only: what a class's own decoding does to rows together is missed"
-)
 @pytest.mark.parametrize("cls", [OwnProcessors, OwnCriteria])
 def test_rows_of_a_class_with_its_own_decoding_are_not_taken_apart(cls: type, tmp_path: Path) -> None:
     model = of_class(cls)()
@@ -348,7 +339,7 @@ class Noisy(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize("kind", ["generate", unfixed("loglikelihood", why="scoring does not ask whether the model draws")])
+@pytest.mark.parametrize("kind", ["generate", "loglikelihood"])
 def test_a_model_that_draws_goes_on_drawing(kind: str, tmp_path: Path) -> None:
     model = of_class(Noisy)()
     pairs = [("the model", " is asked"), ("what", " is kept")]
@@ -509,22 +500,16 @@ def reloaded(model: Any) -> Any:
     return greedy()(torch.load(file, weights_only=False))
 
 
-WRAPPED = "wrap() sets a closure on the instance: copies answer for the original, and it cannot be pickled"
-OVERRIDDEN = "wrap() keys a class's own generate as if it were the library's"
 LOOKS = {
-    "an edited copy": unfixed(llama, edited_copy, why=WRAPPED),
-    "pickle": unfixed(llama, lambda model: greedy()(pickle.loads(pickle.dumps(model))), why=WRAPPED),
-    "torch.save": unfixed(llama, reloaded, why=WRAPPED),
-    "signature": unfixed(llama, lambda model: list(inspect.signature(model.generate).parameters), why=WRAPPED),
-    "a method": unfixed(llama, lambda model: [inspect.ismethod(model.generate), model.generate.__self__ is model], why=WRAPPED),
-    "its own generate, without the prompt": unfixed(of_class(WithoutPrompt), greedy(), why=OVERRIDDEN),
-    "its own generate, other arguments": unfixed(
-        of_class(AsText), lambda model: model.generate(ONE["input_ids"]), why=OVERRIDDEN
-    ),
-    "compiled": pytest.param(llama, lambda model: greedy()(torch.compile(model, backend="eager"))),
-    "a config by position": pytest.param(
-        llama, lambda model: model.generate(ONE["input_ids"], GenerationConfig(max_new_tokens=3))
-    ),
+    "an edited copy": (llama, edited_copy),
+    "pickle": (llama, lambda model: greedy()(pickle.loads(pickle.dumps(model)))),
+    "torch.save": (llama, reloaded),
+    "signature": (llama, lambda model: list(inspect.signature(model.generate).parameters)),
+    "a method": (llama, lambda model: [inspect.ismethod(model.generate), model.generate.__self__ is model]),
+    "its own generate, without the prompt": (of_class(WithoutPrompt), greedy()),
+    "its own generate, other arguments": (of_class(AsText), lambda model: model.generate(ONE["input_ids"])),
+    "compiled": (llama, lambda model: greedy()(torch.compile(model, backend="eager"))),
+    "a config by position": (llama, lambda model: model.generate(ONE["input_ids"], GenerationConfig(max_new_tokens=3))),
 }
 
 
@@ -552,7 +537,6 @@ def test_a_class_s_own_generate_is_served_below_it(cls: type, tmp_path: Path) ->
 
 # --- in the way ---------------------------------------------------------------------------------------------------------------
 
-CONTEXT = "generate's fallback runs inside an except block: the user's traceback shows our own exception first"
 ERRORS: dict[str, Call] = {
     "no new token": greedy(max_new_tokens=0),
     "a list": lambda model: model.generate([[1, 2, 3]], max_new_tokens=3),
@@ -566,7 +550,6 @@ ERRORS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.xfail(strict=True, reason=CONTEXT)
 def test_an_error_shows_nothing_of_ours(name: str, tmp_path: Path) -> None:
     bare = outcome(lambda: ERRORS[name](llama()))
     assert isinstance(bare, Exception) and bare.__context__ is None
@@ -652,7 +635,6 @@ def test_a_model_that_the_script_deletes_is_gone(other: bool, tmp_path: Path) ->
         assert found() is None
 
 
-@pytest.mark.xfail(strict=True, reason="uninstall puts back what it once found, whatever has been put there since")
 def test_a_patch_of_the_user_s_above_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = GenerationMixin.generate
     cache = Cache(tmp_path)
@@ -674,7 +656,6 @@ def test_a_patch_of_the_user_s_above_ours_stays(tmp_path: Path, monkeypatch: pyt
         cache.close()
 
 
-@pytest.mark.xfail(strict=True, reason="what fails after a batch was computed reaches the script, which then has no answer")
 @pytest.mark.parametrize("settings", [{}, SCORES], ids=str)
 def test_a_fault_of_ours_after_the_batch_does_not_cost_the_answer(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -696,9 +677,6 @@ def test_a_fault_of_ours_after_the_batch_does_not_cost_the_answer(
         here.cache.flush()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_Unstorable: the first part of a tensor is a row, whose length is taken for the number of rows"
-)
 def test_a_batch_that_is_not_stored_is_counted_by_its_rows(tmp_path: Path) -> None:
     processors = LogitsProcessorList([DiaEOSDelayPatternLogitsProcessor([1], 9, 16)])
     with served(tmp_path) as here:

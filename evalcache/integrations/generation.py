@@ -124,7 +124,7 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     base = given.pop("generation_config", None)
     inputs = given.pop("inputs", None)
     ids = inputs if inputs is not None else given.pop("input_ids", None)
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.shape[0] == 0 or ids.shape[1] == 0:
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or 0 in ids.shape:
         raise UncacheableError("unsupported", "the prompt is not a (batch, width) tensor of token ids")
 
     default_max, default_min = (_is_default(model, base, given, name) for name in ("max_length", "min_length"))
@@ -171,7 +171,8 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
 
     ends = config._eos_token_tensor
     samples = bool(config.do_sample) or traits.draws
-    scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+    beams = (config.num_beams or 1) > 1  # whose indices come back with a dict
+    scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits or beams))
     # A caller's criteria take the place of the end ids, and a processor may hold a tensor with a line for each row.
     whole = samples or scores or bool(batch_tensors or processors or criteria)
     whole = whole or (ids.shape[0] > 1 and (config.stop_strings is not None or not traits.rows))
@@ -210,6 +211,8 @@ def _refuse(given: Mapping[str, Any]) -> None:
         raise UncacheableError("assistant")
     if given.get("prefix_allowed_tokens_fn") is not None:
         raise UncacheableError("processor", "prefix_allowed_tokens_fn")
+    if given.get("synced_gpus"):
+        raise UncacheableError("unsupported", "synced_gpus: every rank has to take part in every step")
     if given.get("past_key_values") is not None:
         raise UncacheableError("past_key_values")
     if given.get("adapter_names") is not None:

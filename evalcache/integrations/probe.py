@@ -19,6 +19,7 @@ _BATCH_ROPES = frozenset({"dynamic", "longrope"})
 _BATCH_MODELS = frozenset(
     "rwkv switch_transformers nllb-moe reformer xlnet longformer led big_bird bigbird_pegasus longt5 pegasus_x".split()
 )
+_DECODING = ("_sample", "_beam_search", "_get_logits_processor", "_get_stopping_criteria", "_merge_criteria_processor_list")
 _LENGTH, _MORE, _STEPS = 8, 4, 3
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
@@ -70,9 +71,16 @@ def probe(model: Any, generate: Any) -> Traits:
         return _unknown(draws=True)
     finally:
         restore_generators(states, model.device)
-    if batch_dependent(model.config):
+    if batch_dependent(model.config) or _decodes_by_itself(type(model)):
         return _unknown(draws)
     return Traits(*found, draws)
+
+
+def _decodes_by_itself(cls: type) -> bool:
+    """Whether a class has put its own in the place of what makes tokens of logits: the probe sees logits only."""
+    from transformers.generation.utils import GenerationMixin
+
+    return any(getattr(cls, name, None) is not getattr(GenerationMixin, name, None) for name in _DECODING)
 
 
 def _unknown(draws: bool) -> Traits:

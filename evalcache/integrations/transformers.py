@@ -45,7 +45,6 @@ def install(cache: Cache) -> None:
     A second call with another cache takes the first one's place.
     """
     global _installed
-    uninstall()
     _installed = Seam(cache)
     from transformers.generation.utils import GenerationMixin
 
@@ -55,69 +54,72 @@ def install(cache: Cache) -> None:
 
 
 def uninstall() -> None:
-    """Put back what `install` replaced."""
+    """Put back what `install` replaced, except where somebody else has put something above it since."""
     global _installed
     _installed = None
-    for owner, name, original in _patched:
-        setattr(owner, name, original)
-    _patched.clear()
+    if _wrapped:
+        return
+    for (owner, name), (original, ours) in list(_patched.items()):
+        if vars(owner).get(name) is ours:
+            setattr(owner, name, original)
+            del _patched[owner, name]
 
 
 def wrap(model: Any, cache: Cache) -> Any:
-    """Serve one model from ``cache``; returns the same object, whose ``generate`` has been replaced."""
-    seam = Seam(cache)
+    """Serve one model from ``cache``; returns the same object, on which nothing is set: its copies are models of their own."""
     model = lazy.awake(model)
-    original = _bare_generate(model)
+    _wrapped[unwrap(model) if not hasattr(type(model), "generate") else model] = Seam(cache)
+    from transformers.generation.utils import GenerationMixin
 
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        return seam.generate(model, functools.partial(original, model), args, kwargs)
-
-    setattr(generate, ORIGINAL, original)
-    model.generate = generate
+    _patch(GenerationMixin, "generate")
+    _patch_peft()
     return model
 
 
-_patched: list[tuple[Any, str, Any]] = []
+_wrapped: weakref.WeakKeyDictionary[Any, Seam] = weakref.WeakKeyDictionary()
+_patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # what was there, and what we put there
 
 
-def _patch(owner: Any, name: str) -> None:
-    original = vars(owner)[name]
-    if hasattr(original, ORIGINAL):
-        return
+def _patch(owner: type, name: str) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            seam = _wrapped.get(self) or _installed
+            if seam is None or torch.compiler.is_compiling():
+                return original(self, *args, **kwargs)
+            return seam.generate(self, functools.partial(original, self), args, kwargs)
 
-    @functools.wraps(original)
-    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = _installed
-        if seam is None:
-            return original(self, *args, **kwargs)
-        return seam.generate(self, functools.partial(original, self), args, kwargs)
+        return patched
 
-    setattr(patched, ORIGINAL, original)
-    setattr(owner, name, patched)
-    _patched.append((owner, name, original))
+    _replace(owner, name, make)
 
 
 def _patch_loading() -> None:
     """``from_pretrained`` of every class goes through one: a known checkpoint sleeps until it is needed."""
     from transformers.modeling_utils import PreTrainedModel
 
-    original = vars(PreTrainedModel)["from_pretrained"]
-    plain = original.__func__
-    if hasattr(plain, ORIGINAL):
+    def make(original: Any) -> Callable[..., Any]:
+        def patched(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            seam = _installed
+            bare = functools.partial(original, cls)
+            if seam is None or seam.cache.policy is Policy.OFF:
+                return bare(pretrained_model_name_or_path, *args, **kwargs)
+            return seam.load(cls, bare, pretrained_model_name_or_path, args, kwargs)
+
+        return patched
+
+    _replace(PreTrainedModel, "from_pretrained", make)
+
+
+def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``make(original)`` in the place of a method, unless ours is there, or somebody's above ours."""
+    found = vars(owner)[name]
+    if (owner, name) in _patched and found is not _patched[owner, name][0]:
         return
-
-    @functools.wraps(plain)
-    def patched(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = _installed
-        bare = functools.partial(plain, cls)
-        if seam is None or seam.cache.policy is Policy.OFF:
-            return bare(pretrained_model_name_or_path, *args, **kwargs)
-        return seam.load(cls, bare, pretrained_model_name_or_path, args, kwargs)
-
-    setattr(patched, ORIGINAL, plain)
-    PreTrainedModel.from_pretrained = classmethod(patched)
-    _patched.append((PreTrainedModel, "from_pretrained", original))
+    original = found.__func__ if isinstance(found, classmethod) else found
+    ours = functools.wraps(original)(make(original))
+    setattr(ours, ORIGINAL, original)
+    _patched[owner, name] = found, classmethod(ours) if isinstance(found, classmethod) else ours
+    setattr(owner, name, _patched[owner, name][1])
 
 
 def _patch_peft() -> None:
@@ -181,11 +183,12 @@ class Seam:
                     except AnotherModelError:  # what woke is not what was promised: ask again, of what is there
                         return self._serve(model, watch, original, arguments)
             except _Unstorable as made:
-                rows = made.output[0].shape[0] if hasattr(made.output[0], "shape") else 1
-                self.cache.uncacheable(made.error.reason, made.error.detail, requests=rows, client=CLIENT)
+                self.cache.uncacheable(made.error.reason, made.error.detail, requests=made.rows, client=CLIENT)
                 return made.output
             except UncacheableError as error:
-                return self._untouched(error, original, args, kwargs)
+                refused = error.with_traceback(None)
+            # Outside of the except block: what the bare call raises must not name our refusal as its context.
+            return self._untouched(refused, original, args, kwargs)
 
     def _untouched(
         self, error: UncacheableError, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -283,19 +286,28 @@ class Seam:
         chosen = call.arguments if call.whole else generation.select_rows(call, missing)
         with measured(inner, device) as watch:
             output = original(**chosen)
-        name = device_name(device.type)
+        try:
+            return output, self._results(call, output, missing, watch)
+        except UncacheableError as error:
+            raise _Unstorable(output, error, call.rows) from error
+        except Exception as error:
+            # The script has its answer, whatever we failed at: where all of it was computed, this one.
+            self.cache.warn(f"this call is not stored, evalcache failed on it: {type(error).__name__}: {error}")
+            failed = UncacheableError("internal", f"{type(error).__name__}: {error}")
+            if call.whole or len(missing) == call.rows:
+                raise _Unstorable(output, failed, call.rows) from error
+            raise failed from error
+
+    def _results(self, call: Call, output: Any, missing: Sequence[int], watch: Any) -> list[Result]:
+        name = device_name(call.ids.device.type)
         if call.whole:
-            try:
-                result = outputs.batch_result(call, output)
-            except UncacheableError as error:
-                raise _Unstorable(output, error) from error
-            made = len(result.tokens) // 4
-            cost = share(watch, [int(call.mask.sum())], [made], name)[0]
-            return output, [_with_cost(result, cost, call.rows)]
+            result = outputs.batch_result(call, output)
+            cost = share(watch, [int(call.mask.sum())], [len(result.tokens) // 4], name)[0]
+            return [_with_cost(result, cost, call.rows)]
         results = outputs.row_results(call, output, len(missing))
         prompts = [int(call.mask[row].sum()) for row in missing]
         costs = share(watch, prompts, [len(result.tokens) // 4 for result in results], name)
-        return output, [_with_cost(result, cost, len(missing)) for result, cost in zip(results, costs, strict=True)]
+        return [_with_cost(result, cost, len(missing)) for result, cost in zip(results, costs, strict=True)]
 
     def _strictly(self, environment: Environment, call: Call) -> Environment:
         """Under strict matching a row's batch is part of its key: its neighbours and the padded width, in order."""
@@ -389,8 +401,9 @@ def not_again() -> Iterator[None]:
 class _Unstorable(Exception):
     """A whole batch was computed, and holds what cannot be stored: its caller has it all the same."""
 
-    def __init__(self, output: Any, error: UncacheableError) -> None:
+    def __init__(self, output: Any, error: UncacheableError, rows: int) -> None:
         super().__init__(str(error))
+        self.rows = rows
         self.output = output
         self.error = error
 
