@@ -84,11 +84,8 @@ class Intake:
         try:
             for table, rows in event_rows(store_id, seq, event).items():
                 self._add(table, self._new(table, rows) if table in _ONCE else rows)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-        ):  # columns of unequal length: one bad event must not stop the ledger for good
+        except (ValueError, TypeError, AttributeError):
+            # Columns of unequal length or another type: one bad event must not stop the ledger for good.
             self.skipped += 1
         if isinstance(event, ModelSeen):
             self._take_model(Digest(event.root), time.time())
