@@ -31,6 +31,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -53,11 +54,6 @@ BATCH = prompts()
 ONE = prompts(1)
 ENDS = [EOS, *range(20, 50)]
 CHAT = [[{"role": "user", "content": "what is the key"}], [{"role": "user", "content": "the model"}]]
-
-
-def unfixed(*values: Any, why: str) -> Any:
-    """A line of a table that is known to fail; it must be lifted with the fault."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=why))
 
 
 def greedy(**settings: Any) -> Call:
@@ -587,26 +583,31 @@ def told_by(call: Callable[[], Any]) -> list[str]:
     return sorted([*handler.said, *(str(one.message) for one in caught)])
 
 
-SILENT = "a call that hits everywhere does not repeat what generate warns of after its settings are resolved"
 TURNED = {name: value.flip(1) for name, value in BATCH.items()}
 WARNINGS = {
-    "both lengths": pytest.param(llama, greedy(max_length=40)),
-    "both least lengths": pytest.param(llama, greedy(min_new_tokens=2, min_length=3)),
-    "no mask and no pad id": pytest.param(without_pad, greedy(attention_mask=...)),
-    "temperature, greedy": pytest.param(llama, greedy(temperature=0.3, top_p=0.5)),
-    "a config and arguments": pytest.param(
-        llama, lambda model: model.generate(**BATCH, generation_config=GenerationConfig(max_new_tokens=4), max_new_tokens=3)
+    "both lengths": (llama, greedy(max_length=40)),
+    "both least lengths": (llama, greedy(min_new_tokens=2, min_length=3)),
+    "no mask and no pad id": (without_pad, greedy(attention_mask=...)),
+    "temperature, greedy": (llama, greedy(temperature=0.3, top_p=0.5)),
+    "a config and arguments": (
+        llama,
+        lambda model: model.generate(**BATCH, generation_config=GenerationConfig(max_new_tokens=4), max_new_tokens=3),
     ),
-    "a negative end id": pytest.param(llama, greedy(eos_token_id=-1)),
-    "the default length": unfixed(llama, greedy(max_new_tokens=...), why=SILENT),
-    "a least length out of reach": unfixed(llama, greedy(min_new_tokens=50), why=SILENT),
-    "padding on the right": unfixed(llama, greedy(**TURNED), why=SILENT),
-    "longer than the positions": unfixed(llama, greedy(max_new_tokens=300), why=SILENT),
-    "a processor twice": unfixed(
+    "a negative end id": (llama, greedy(eos_token_id=-1)),
+    "the default length": (llama, greedy(max_new_tokens=...)),
+    "a least length out of reach": (llama, greedy(min_new_tokens=50)),
+    "padding on the right": (llama, greedy(**TURNED)),
+    "padding on the right, encoder and decoder": (lambda: build("bart"), greedy(**TURNED)),
+    "a pad id at the right, no mask": (llama, greedy(input_ids=TURNED["input_ids"], attention_mask=...)),
+    "longer than the positions": (llama, greedy(max_new_tokens=300, eos_token_id=[])),
+    "as long as the positions": (llama, greedy(max_new_tokens=..., max_length=257, eos_token_id=[])),
+    "one longer than the positions": (llama, greedy(max_new_tokens=..., max_length=258, eos_token_id=[])),
+    "no longer than the positions": (llama, greedy(max_new_tokens=300, eos_token_id=ENDS)),
+    "a processor twice": (
         llama,
         greedy(repetition_penalty=1.2, logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])),
-        why=SILENT,
     ),
+    "a criterion twice": (llama, greedy(stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(15)]))),
 }
 
 
@@ -619,6 +620,17 @@ def test_a_call_warns_as_the_bare_one_does(make: Callable[[], Any], call: Call, 
         here.cache.flush()
         assert told_by(lambda: call(model)) == bare
         assert here.cache.counts.hits > 0
+
+
+@pytest.mark.parametrize("name", ["the default length", "padding on the right", "a processor twice"])
+def test_a_sleeping_checkpoint_warns_as_the_bare_model_does(name: str, tmp_path: Path) -> None:
+    call = WARNINGS[name][1]
+    llama().save_pretrained(tmp_path / "model")
+    bare = told_by(lambda: call(LlamaForCausalLM.from_pretrained(tmp_path / "model")))
+    for loads in (1, 0):
+        with served(tmp_path / "cache") as here:
+            assert told_by(lambda: call(LlamaForCausalLM.from_pretrained(tmp_path / "model"))) == bare
+            assert here.cache.counts.model_loads == loads
 
 
 @pytest.mark.xfail(strict=True, reason="a batch that waits for its check keeps the model alive until the end of the run")

@@ -9,7 +9,9 @@ Raises `UncacheableError` for what cannot be keyed; the caller then runs the cal
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +59,7 @@ class Call:
         ids: ``(batch, width) int64`` prompt (of the encoder, in an encoder–decoder model). mask: the same shape, 0 or 1.
         prefix: ``(batch, n)`` tokens that each returned row begins with.
         requests: one per row, or a single one for the whole batch.
+        engine: the model that resolved it. default_length: whether nobody has said how long an answer may be.
     """
 
     arguments: dict[str, Any]
@@ -72,6 +75,8 @@ class Call:
     row_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     config: Any = None
     encoder_decoder: bool = False
+    engine: Any = None
+    default_length: bool = False
 
     @property
     def rows(self) -> int:
@@ -191,6 +196,8 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
         row_tensors=row_tensors,
         config=config,
         encoder_decoder=encoder_decoder,
+        engine=model,
+        default_length=default_max,
     )
     try:
         if whole:
@@ -306,6 +313,39 @@ def select_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             chosen[name] = value.index_select(0, index.to(value.device))
     return chosen
+
+
+def warn_as_computed(call: Call, length: int) -> None:
+    """Give the warnings that the engine gives after a call is resolved: for a call of which nothing is computed.
+
+    Args:
+        length: of the returned rows, with their prefix.
+    """
+    engine, config, width = call.engine, call.config, call.prefix.shape[1]
+    if not call.encoder_decoder and _warns_of_right_padding(call):
+        # As the engine has it, within `generate` itself.
+        logging.getLogger("transformers.generation.utils").warning(
+            "A decoder-only architecture is being used, but right-padding was detected! For correct "
+            "generation results, please set `padding_side='left'` when initializing the tokenizer."
+        )
+    with contextlib.suppress(AttributeError, TypeError):  # methods of its own, which another version may not have
+        engine._validate_generated_length(config, width, call.default_length)
+        if processors := call.arguments.get("logits_processor"):
+            engine._get_logits_processor(config, width, call.ids, None, processors, call.ids.device, call.arguments)
+        if criteria := call.arguments.get("stopping_criteria"):
+            engine._get_stopping_criteria(config, criteria, call.arguments.get("tokenizer"))
+        if (last := min(length, config.max_length - 1)) > width:
+            from transformers.generation.stopping_criteria import MaxLengthCriteria
+
+            positions = getattr(engine.config, "max_position_embeddings", None)
+            MaxLengthCriteria(config.max_length, positions)(call.ids.new_empty(1, 1).expand(1, last), None)
+
+
+def _warns_of_right_padding(call: Call) -> bool:
+    pad, mask = call.config._pad_token_tensor, call.arguments.get("attention_mask")
+    if pad is None or call.rows == 1:
+        return False
+    return bool((mask[:, -1] == 0).any() if mask is not None else (call.ids[:, -1] == pad).any())
 
 
 def batch_digest(call: Call) -> bytes:

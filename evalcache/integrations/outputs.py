@@ -19,10 +19,14 @@ from evalcache.records import Array, Result, pack_tokens, unpack_tokens
 from evalcache.weights import tensor_bytes
 
 
+def sequences(output: Any) -> torch.Tensor:
+    """The token ids of what ``generate`` returned, prefix included."""
+    return output if isinstance(output, torch.Tensor) else output.sequences
+
+
 def row_results(call: Call, output: Any, rows: int) -> list[Result]:
     """What ``generate`` returned for ``rows`` rows, as one Result each: tokens up to the row's own end."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    new = sequences[:, call.prefix.shape[1] :].cpu().numpy()
+    new = sequences(output)[:, call.prefix.shape[1] :].cpu().numpy()
     results = []
     for row in range(rows):
         mine = [_until_end(call, new[row * call.returned + number]) for number in range(call.returned)]
@@ -54,8 +58,8 @@ def assemble_rows(call: Call, results: Sequence[Result]) -> Any:
     for place, row in enumerate(rows):
         new[place, : len(row)] = torch.from_numpy(row.astype("int64"))
     prefix = call.prefix if call.returned == 1 else call.prefix.repeat_interleave(call.returned, dim=0)
-    sequences = torch.cat([prefix, new.to(prefix.device)], dim=1)
-    return _output(call, {"sequences": sequences}) if call.config.return_dict_in_generate else sequences
+    joined = torch.cat([prefix, new.to(prefix.device)], dim=1)
+    return _output(call, {"sequences": joined}) if call.config.return_dict_in_generate else joined
 
 
 def batch_result(call: Call, output: Any) -> Result:

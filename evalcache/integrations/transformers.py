@@ -277,9 +277,11 @@ class Seam:
         results = cache.serve(watch, actions, compute, client=CLIENT, all_or_none=cache.match == "strict")
         if computed and len(computed[0][0]) == len(actions):
             return computed[0][1]  # everything was computed: what the engine returned, untouched
+        output = outputs.assemble_batch(call, results[0]) if call.whole else outputs.assemble_rows(call, results)
         if not computed:
             told.repeat()
-        return outputs.assemble_batch(call, results[0]) if call.whole else outputs.assemble_rows(call, results)
+            generation.warn_as_computed(call, outputs.sequences(output).shape[1])
+        return output
 
     def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: Sequence[int]) -> tuple[Any, list[Result]]:
         device = call.ids.device
