@@ -60,6 +60,7 @@ LM_EVAL = Client(
             "normalize_gen_kwargs": "gen_kwargs default_max_gen_toks",
             "postprocess_generated_text": "generation stop think_end_token",
             "has_bos_prefix": "sequence bos_str",
+            "Collator.group": "arr fn group_by",
         },
         "utils.py": {
             "get_rolling_token_windows": "token_list prefix_token max_seq_len context_len",

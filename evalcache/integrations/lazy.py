@@ -57,7 +57,9 @@ class LazyModel:
         sleep: Sleep = object.__getattribute__(self, "__dict__")["_lazy"]
         if sleep.real is None:
             if name in _HOLLOW:
-                return getattr(sleep.hollow, name)
+                # What the hollow model lacks (a version may set more while it loads) is asked of the real one.
+                with contextlib.suppress(AttributeError):
+                    return getattr(sleep.hollow, name)
             found = sleep.answer(self, name)
             if found is not _UNKNOWN:
                 return found

@@ -118,8 +118,10 @@ class Adapter:
         try:
             self._refuse_others(lm)
             windows, labels = _windows(lm, requests)
+            if _odd(lm, [(None, *window) for window in windows]):
+                raise UncacheableError("unsupported")
             with self._labelled(labels):
-                answers = self._score(lm, [(None, *window) for window in windows], disable_tqdm=True)
+                answers = self._score(lm, [(None, *window) for window in windows], range(len(windows)), disable_tqdm=True)
         except UncacheableError:  # counted where the harness asks for the windows, batch by batch
             return original(lm, requests, *args, **kwargs)
         self._state.known = {_window_key(*window): answer for window, answer in zip(windows, answers, strict=True)}
@@ -141,13 +143,19 @@ class Adapter:
             return found
         try:
             self._refuse_others(lm)
-            answers = self._score(lm, asked, *args, **kwargs)
+            odd = _odd(lm, asked)
+            even = [place for place in range(len(asked)) if place not in odd]
+            answers = dict(zip(even, self._score(lm, asked, even, *args, **kwargs), strict=True))
         except UncacheableError as error:
             return self._bare(error, len(asked), lambda: original(lm, requests, *args, **kwargs))
-        for (text, _, _), answer in zip(asked, answers, strict=True):
-            if text is not None:  # windows are told of by the request that they belong to
-                lm.cache_hook.add_partial("loglikelihood", text, answer)
-        return answers
+        for place in even:
+            if (text := asked[place][0]) is not None:  # windows are told of by the request that they belong to
+                lm.cache_hook.add_partial("loglikelihood", text, answers[place])
+        if odd:
+            mixed = [asked[place] for place in odd]
+            error = UncacheableError("unsupported", "requests of one input and different lengths, which the harness mixes up")
+            answers |= zip(odd, self._bare(error, len(odd), lambda: original(lm, mixed, *args, **kwargs)), strict=True)
+        return [answers[place] for place in range(len(asked))]
 
     def generate_until(self, lm: Any, original: Callable[..., Any], requests: Any, *args: Any, **kwargs: Any) -> Any:
         """Serve what is stored, have the harness compute the others."""
@@ -160,11 +168,17 @@ class Adapter:
     # --- inside --------------------------------------------------------------------------------------------------------
 
     def _score(
-        self, lm: Any, asked: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: Any = None
+        self,
+        lm: Any,
+        asked: Sequence[tuple[Any, list[int], list[int]]],
+        places: Sequence[int],
+        disable_tqdm: bool = False,
+        override_bs: Any = None,
     ) -> list[tuple[float, bool]]:
+        """Answers to the requests at ``places``."""
         limit = lm.max_length
         rows = []
-        for _, context, tail in asked:
+        for _, context, tail in (asked[place] for place in places):
             if not context or not tail or len(tail) > limit:
                 raise UncacheableError("argument", "a request that the harness refuses")
             if len(context) + len(tail) > limit + 1:
@@ -198,8 +212,9 @@ class Adapter:
                 tick=lambda count: bar.update(count),
             )
             labels = getattr(self._state, "labels", None)
-            if labels is not None and len(labels.tasks) != len(rows):
-                labels = None
+            if labels is not None:
+                known = len(labels.tasks) == len(asked)
+                labels = Labels([labels.tasks[p] for p in places], [labels.documents[p] for p in places]) if known else None
             results = score_rows(self.cache, lm._model, rows, scoring, client=CLIENT, labels=labels)
         return [_answer(result) for result in results]
 
@@ -237,6 +252,18 @@ def labels_of(requests: Sequence[Any]) -> Labels:
 
 def _document(instance: Any) -> str:
     return "" if instance.doc_id is None else str(instance.doc_id)
+
+
+def _odd(lm: Any, asked: Sequence[tuple[Any, list[int], list[int]]]) -> list[int]:
+    """Places of requests that the harness answers from one row though their continuations are not of one length: of the shorter
+    ones it reads the wrong places, so the answer belongs to the call and not to the request."""
+    if not lm.logits_cache:
+        return []
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, (_, context, tail) in enumerate(asked):
+        groups.setdefault(tuple(context + tail[:-1]), []).append(place)
+    mixed = [places for places in groups.values() if len({len(asked[place][2]) for place in places}) > 1]
+    return sorted(place for places in mixed for place in places)
 
 
 def _windows(lm: Any, requests: Sequence[Any]) -> tuple[list[tuple[list[int], list[int]]], Labels]:

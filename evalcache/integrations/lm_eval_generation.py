@@ -91,6 +91,7 @@ class Generations:
         asked = [_read(lm, one) for one in requests]
         if not asked:
             return original(lm, requests, disable_tqdm)
+        _refuse_mixtures(asked)
         seam = Seam.of(self.cache)
         watch = seam.watch(lm._model)
         texts: dict[int, str] = {}
@@ -196,13 +197,25 @@ class _Part:
             self.lm.tokenizer.padding_side = side
 
     def _refuse_leaks(self, call: Call, until: Sequence[str]) -> None:
-        """Refuse stop strings that the harness's text does not show, unless the engine stops at them too: a row goes on behind
-        them for as long as its neighbours do."""
+        """Refuse what would show in a row's text that its neighbours were not done yet: a row goes on until they are.
+
+        Raises:
+            UncacheableError: a stop string that the harness's text does not show and at which the engine does not stop, or a mark
+                at the end of the thoughts, of which the last one counts.
+        """
+        if self.lm.batch_size == 1:
+            return
+        if self.lm.think_end_token is not None:
+            raise UncacheableError("criterion", "think_end_token in batches")
         tokenizer = self.lm.tokenizer
-        hidden = set(tokenizer.all_special_tokens)
+        hidden = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {
+            *tokenizer.all_special_tokens
+        }
         for term in until:
-            if term in hidden and tokenizer.convert_tokens_to_ids(term) not in call.end_ids and self.lm.batch_size != 1:
-                raise UncacheableError("criterion", f"the engine does not stop at {term!r}")
+            if any(token in term for token in hidden):
+                ends = term in hidden and tokenizer.convert_tokens_to_ids(term) in call.end_ids
+                if not ends:
+                    raise UncacheableError("criterion", f"the engine does not stop at {term!r}")
 
     def _keyed(self, call: Call, row: int, one: _Asked) -> Request:
         request = call.requests[row]
@@ -383,7 +396,23 @@ def _read(lm: Any, instance: Any) -> _Asked:
     kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, lm.max_gen_toks))
     eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
     until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+    if not all(type(term) is str for term in until):
+        raise UncacheableError("argument", "a stop string that is none")
     return _Asked(text, given, kwargs, tuple(until))
+
+
+def _refuse_mixtures(asked: Sequence[_Asked]) -> None:
+    """The harness answers a group of requests by the settings of its first, and takes some for equal that are not.
+
+    Raises:
+        UncacheableError: there are such settings.
+    """
+    from lm_eval.models.utils import Collator
+
+    groups = Collator.group(list(enumerate(asked)), fn=lambda item: item[1].given, group_by="gen_kwargs")
+    for members in groups.values():
+        if len({Fields(_canonical(one.given)).canonical for _, one in members}) > 1:
+            raise UncacheableError("argument", "different generation settings that the harness takes for equal")
 
 
 def _canonical(value: Any) -> Any:

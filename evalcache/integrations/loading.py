@@ -230,6 +230,7 @@ def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: d
         hollow = cls.__new__(cls)
         torch.nn.Module.__init__(hollow)
         hollow.config = config
+        hollow.name_or_path = config.name_or_path
         if record["generation"]:
             hollow.generation_config = GenerationConfig.from_dict(dict(record["generation"]))
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
