@@ -708,16 +708,17 @@ with served(Path({folder!r})) as here:
         _, told = here.ask(model.generate, **prompts(), max_new_tokens=3, repetition_penalty=1.0 + number)
         print(told.uncacheable)
         torch.vmap(torch.sum)(torch.ones(2, 2))
+    mine = torch.library.Library("aten", "IMPL")
+    mine.impl("addr", lambda *args, **settings: args[0], "FuncTorchBatched")
+    _, told = here.ask(model.generate, **prompts(), max_new_tokens=3)
+    print(*told.uncacheable)
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what torch.vmap registers for itself when it is first used counts as somebody's patch of torch"
-)
 def test_a_script_that_uses_vmap_is_still_served(tmp_path: Path) -> None:
     code = VMAP.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
-    assert told.split() == ["{}", "{}"]
+    assert told.split() == ["{}", "{}", "patched"]
 
 
 @pytest.mark.parametrize("damage", ["removed", "overwritten"])
