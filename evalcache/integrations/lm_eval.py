@@ -26,6 +26,7 @@ from evalcache.integrations.lm_eval_generation import Generations
 from evalcache.integrations.lm_eval_tasks import watch_scores
 from evalcache.integrations.patching import Patches
 from evalcache.integrations.scoring import Scoring, score_rows
+from evalcache.integrations.transformers import not_again
 from evalcache.records import Policy, Result, unpack_logprobs
 from evalcache.serving import Labels
 
@@ -233,7 +234,8 @@ class Adapter:
 
     def _bare(self, error: UncacheableError, count: int, original: Callable[[], Any]) -> Any:
         _log.info(f"evalcache: {count} requests run uncached: {error}")
-        with self.cache.bypassed(error, requests=count, client=CLIENT):
+        # Not once more at `generate`, where the harness's stop criteria are Uncacheable anyway.
+        with self.cache.bypassed(error, requests=count, client=CLIENT), not_again():
             return original()
 
     @contextlib.contextmanager

@@ -1,0 +1,561 @@
+"""lm-evaluation-harness through its own entry points: what the bare harness answers, from the store where it is known."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import torch
+import words
+from harness_tasks import ALL, DOCUMENTS, REQUESTS, TEXTS, make_model, make_tasks
+
+import evalcache
+from evalcache.integrations.clients import LM_EVAL
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+
+@dataclass
+class Here:
+    """The tasks, a saved model, and its bare answers."""
+
+    tasks: Path
+    model: Path
+    manager: TaskManager
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Here:
+    folder = tmp_path_factory.mktemp("harness")
+    tasks = make_tasks(folder / "tasks")
+    return Here(tasks, make_model(folder / "model"), TaskManager(include_path=str(tasks), include_defaults=False))
+
+
+def evaluate(
+    here: Here, model: Any = None, *, tasks: tuple[str, ...] = ALL, batch_size: Any = 4, args: str = "", **more: Any
+) -> Any:
+    if not isinstance(model, HFLM):
+        more["model_args"] = f"pretrained={model or here.model},dtype=float32{args}"
+        model = "hf"
+    return lm_eval.simple_evaluate(
+        model=model, tasks=list(tasks), task_manager=here.manager, batch_size=batch_size, device="cpu", bootstrap_iters=0, **more
+    )
+
+
+def answers(results: Any) -> list[Any]:
+    """What a run said about each document, and its scores."""
+    found = []
+    for task, samples in sorted(results["samples"].items()):
+        for one in samples:
+            found.append([task, one["doc_id"], one["filter"], one["resps"], {name: one[name] for name in one["metrics"]}])
+    return found
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Strings exactly, numbers to 1e-5."""
+    if isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert_same(left[name], right[name])
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
+    else:
+        assert left == right
+
+
+@dataclass
+class Told:
+    hits: int
+    misses: int
+    loads: int
+    uncacheable: dict[str, int]
+    duplicates: int
+
+
+@contextlib.contextmanager
+def cached(folder: Path, **settings: Any) -> Iterator[Callable[[], Told]]:
+    with evalcache.enable(folder, **settings) as session:
+        assert session.cache is not None
+        counts = session.cache.counts
+
+        def told() -> Told:
+            return Told(counts.hits, counts.misses, counts.model_loads, dict(counts.uncacheable), counts.duplicates)
+
+        yield told
+    from evalcache import session as sessions
+
+    sessions._current = None
+
+
+def run(here: Here, folder: Path, model: Any = None, **more: Any) -> tuple[Any, Told]:
+    with cached(folder) as told:
+        results = evaluate(here, model, **more)
+        evalcache.session.current().cache.flush()
+        return results, told()
+
+
+def windows(told: Told) -> int:
+    """How many windows the long texts had."""
+    return told.misses + told.hits - sum(REQUESTS.values())
+
+
+# --- the main job -------------------------------------------------------------------------------------------------------
+
+
+def test_cold_and_warm_answer_as_the_bare_harness(here: Here, store_folder: Path) -> None:
+    bare = evaluate(here)
+    cold, told = run(here, store_folder)
+    assert_same(answers(cold), answers(bare))
+    assert (told.hits, told.loads, told.uncacheable, told.duplicates) == (0, 1, {}, 0)
+    assert windows(told) > DOCUMENTS["tiny_ppl"]
+    whole = told.misses
+    for batch_size in (4, 1, 16):
+        # Sampled batches of another size draw otherwise: they are another Action, and the harness answers otherwise too.
+        warm, told = run(here, store_folder, batch_size=batch_size, tasks=ALL if batch_size == 4 else ALL[:-1])
+        assert (told.hits, told.misses, told.uncacheable) == (whole if batch_size == 4 else whole - 1, 0, {})
+        assert told.loads == 0
+        assert_same(answers(warm), [one for one in answers(cold) if batch_size == 4 or one[0] != "tiny_sampled"])
+
+
+class Opened:
+    """Counts how often a file is opened, by whatever means: inotify sees what Rust and C do, too."""
+
+    def __init__(self, file: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = libc.inotify_init1(os.O_NONBLOCK)
+        in_open = 0x20
+        assert self._descriptor >= 0 and libc.inotify_add_watch(self._descriptor, os.fsencode(file), in_open) >= 0
+
+    def count(self) -> int:
+        """Events since the last call, of 16 bytes each."""
+        try:
+            return len(os.read(self._descriptor, 1 << 16)) // 16
+        except BlockingIOError:
+            return 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs inotify")
+def test_the_weights_are_not_read_where_nothing_misses(here: Here, store_folder: Path) -> None:
+    time.sleep(2.1)  # what is known of a file that is younger is not trusted, and read again
+    cold, _ = run(here, store_folder)
+    (file,) = here.model.glob("*.safetensors")
+    opened = Opened(file)
+    warm, told = run(here, store_folder)
+    assert opened.count() == told.misses == told.loads == 0
+    assert_same(answers(warm), answers(cold))
+    evaluate(here, tasks=("tiny_mc",))
+    assert opened.count() > 0  # the bare harness does
+
+
+def test_some_are_stored_and_the_draws_go_on(here: Here, store_folder: Path) -> None:
+    """A short run first: the long one computes the rest, in other batches, and later draws are as in the bare run."""
+    run(here, store_folder, limit=3, tasks=ALL[:-1])
+    bare = evaluate(here)
+    after = torch.rand(3)
+    results, told = run(here, store_folder)
+    assert torch.equal(torch.rand(3), after)
+    assert_same(answers(results), answers(bare))
+    assert told.hits >= 3 * 4 + 3 * 4 + 3 + 3 and told.misses > 0
+    warm, told = run(here, store_folder)
+    assert told.misses == 0 and torch.equal(torch.rand(3), after)
+    assert_same(answers(warm), answers(bare))
+
+
+@pytest.mark.parametrize("limit", [1, 0.5])
+def test_single_requests_and_none(here: Here, store_folder: Path, limit: float) -> None:
+    bare = evaluate(here, limit=limit)
+    for _ in range(2):
+        results, told = run(here, store_folder, limit=limit)
+        assert_same(answers(results), answers(bare))
+    assert told.misses == 0
+    lm = HFLM(pretrained=str(here.model), dtype="float32", device="cpu")
+    with cached(store_folder):
+        assert lm.loglikelihood([]) == lm.generate_until([]) == lm.loglikelihood_rolling([]) == []
+
+
+def test_a_prepared_model_and_chats(here: Here, store_folder: Path) -> None:
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 2, "tasks": ("tiny_mc", "tiny_gen")}
+    bare = evaluate(here, **chat)
+    for hits in (0, 40):
+        with cached(store_folder) as told:
+            lm = HFLM(pretrained=str(here.model), dtype="float32", device="cpu", batch_size=4)
+            results = evaluate(here, lm, **chat)
+            assert_same(answers(results), answers(bare))
+            assert told().hits == hits and told().uncacheable == {}
+
+
+# --- one evaluation, whatever the client ---------------------------------------------------------------------------------
+
+
+def test_a_script_and_the_harness_share_log_likelihoods(here: Here, store_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results, _ = run(here, store_folder, tasks=("tiny_mc", "tiny_letters"))
+    pairs, expected = [], []
+    for samples in results["samples"].values():
+        for one in samples:
+            for arguments, ((score, greedy),) in zip(one["arguments"], one["resps"], strict=True):
+                pairs.append(tuple(arguments))
+                expected.append((score, greedy))
+    with cached(store_folder) as told:
+        model = AutoModelForCausalLM.from_pretrained(here.model, dtype=torch.float32)
+        scores = evalcache.loglikelihood(model, AutoTokenizer.from_pretrained(here.model), pairs, max_length=128)
+        assert (told().hits, told().misses) == (len(pairs), 0)
+    assert [score.is_greedy for score in scores] == [greedy for _, greedy in expected]
+    assert [score.logprob for score in scores] == pytest.approx([score for score, _ in expected], rel=1e-5)
+
+
+def test_a_script_and_the_harness_share_generations_that_only_an_end_id_stops(
+    here: Here, store_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tasks = make_tasks(tmp_path / "tasks", tiny_gen={"generation_kwargs": {"until": [], "max_gen_toks": 12, "do_sample": False}})
+    open_end = Here(tasks, here.model, TaskManager(include_path=str(tasks), include_defaults=False))
+    bare = evaluate(open_end, tasks=("tiny_gen",))
+    tokenizer = AutoTokenizer.from_pretrained(here.model)
+    prompts = [one["arguments"][0][0] for one in bare["samples"]["tiny_gen"]]
+    with cached(store_folder) as told:
+        model = AutoModelForCausalLM.from_pretrained(here.model, dtype=torch.float32)
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
+        model.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert told().misses == len(prompts)
+    results, told = run(open_end, store_folder, tasks=("tiny_gen",))
+    assert (told.hits, told.misses) == (len(prompts), 0)
+    assert_same(answers(results), answers(bare))
+
+
+# --- what must not be served ---------------------------------------------------------------------------------------------
+
+
+def test_another_model_under_the_same_name_is_another_model(here: Here, store_folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(here.model, place)
+    run(here, store_folder, place)
+    make_model(place, seed=1)
+    bare = evaluate(here, place)
+    results, told = run(here, store_folder, place)
+    assert told.hits == 0
+    assert_same(answers(results), answers(bare))
+
+
+class Halved(HFLM):
+    """Answers in its own way."""
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._model_call(*args, **kwargs) / 2
+
+
+def test_a_subclass_runs_bare(here: Here, store_folder: Path) -> None:
+    tasks = ("tiny_mc", "tiny_ppl")
+    make = lambda: Halved(pretrained=str(here.model), dtype="float32", device="cpu", batch_size=4)  # noqa: E731
+    bare = evaluate(here, make(), tasks=tasks)
+    run(here, store_folder, tasks=tasks)
+    with cached(store_folder) as told:
+        results = evaluate(here, make(), tasks=tasks)
+        assert told().hits == 0 and set(told().uncacheable) == {"unsupported"}
+    assert_same(answers(results), answers(bare))
+
+
+def test_a_patched_harness_runs_bare(here: Here, store_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(here, store_folder, tasks=("tiny_mc",))
+    original = HFLM._model_call
+    monkeypatch.setattr(HFLM, "_model_call", lambda self, *args, **kwargs: original(self, *args, **kwargs) / 2)
+    bare = evaluate(here, tasks=("tiny_mc",))
+    results, told = run(here, store_folder, tasks=("tiny_mc",))
+    assert told.hits == 0 and told.uncacheable == {"unsupported": 32}
+    assert_same(answers(results), answers(bare))
+
+
+def instance(kind: str, *arguments: Any, place: int = 0) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("task", place, 1))
+
+
+def test_requests_that_the_harness_mixes_up_are_not_stored(here: Here, store_folder: Path) -> None:
+    """Of two continuations that end the same text, the harness scores the shorter one at the wrong places."""
+    lm = HFLM(pretrained=str(here.model), dtype="float32", device="cpu", batch_size=4)
+    mixed = [
+        instance("loglikelihood", "the cache keeps", " what the model said"),
+        instance("loglikelihood", "the cache keeps what the model", " said"),
+        instance("loglikelihood", "what is the answer", " to the first question"),
+    ]
+    together, alone = lm.loglikelihood(mixed), [lm.loglikelihood([one])[0] for one in mixed]
+    assert together[1] != pytest.approx(alone[1])
+    for hits in (0, 1):
+        with cached(store_folder) as told:
+            assert_same(lm.loglikelihood(mixed), together)
+            assert (told().hits, told().uncacheable) == (hits, {"unsupported": 2})
+    with cached(store_folder) as told:
+        assert_same([lm.loglikelihood([one])[0] for one in mixed], alone)
+
+
+@pytest.mark.parametrize(
+    "gen_kwargs, reason",
+    [
+        ({"until": ["<s>"], "max_gen_toks": 8}, "criterion"),  # its text does not show it, and the engine goes on behind it
+        ({"until": ["."], "max_gen_toks": 8, "max_length": 60}, "unsupported"),
+        ({"until": ["."], "max_gen_toks": 8, "logits_processor": [object()]}, "argument"),
+    ],
+)
+def test_generations_that_depend_on_their_batch_run_bare(here: Here, store_folder: Path, gen_kwargs: Any, reason: str) -> None:
+    lm = HFLM(pretrained=str(here.model), dtype="float32", device="cpu", batch_size=4)
+    if "logits_processor" in gen_kwargs:
+        from transformers import TemperatureLogitsWarper
+
+        gen_kwargs["logits_processor"] = [TemperatureLogitsWarper(0.5)]
+    requests = [instance("generate_until", text, dict(gen_kwargs), place=place) for place, text in enumerate(words.SENTENCES)]
+    bare = lm.generate_until(requests)
+    for _ in range(2):
+        with cached(store_folder) as told:
+            assert lm.generate_until(requests) == bare
+            assert told().uncacheable == {reason: len(requests)}
+
+
+def test_errors_come_out_as_they_are(here: Here, store_folder: Path) -> None:
+    lm = HFLM(pretrained=str(here.model), dtype="float32", device="cpu", batch_size=4)
+    wrong = [instance("loglikelihood", "the model", ""), instance("generate_until", "the model", {"max_gen_toks": 500})]
+    for one in wrong:
+        call = getattr(lm, one.request_type)
+        with pytest.raises(Exception) as bare:
+            call([one])
+        with cached(store_folder), pytest.raises(type(bare.value)) as ours:
+            call([one])
+        assert str(ours.value) == str(bare.value)
+
+
+# --- beside and beneath other things --------------------------------------------------------------------------------------
+
+
+def test_its_own_cache_may_stand_above(here: Here, store_folder: Path, tmp_path: Path) -> None:
+    bare = evaluate(here)
+    for turn in range(2):
+        results, told = run(here, store_folder, use_cache=str(tmp_path / "own"))
+        assert_same(answers(results), answers(bare))
+        # The second time, the harness's cache answers all but the samples, which it never keeps.
+        assert (told.hits > 0) is (turn == 1) and told.uncacheable == {}
+    results, told = run(here, store_folder)
+    assert told.misses == 0
+    assert_same(answers(results), answers(bare))
+
+
+def test_the_results_and_the_ledger_say_what_was_reused(here: Here, store_folder: Path) -> None:
+    run(here, store_folder)
+    results, told = run(here, store_folder)
+    block = results["config"]["evalcache"]
+    assert (block["hits"], block["misses"], block["model_loads"]) == (told.hits, 0, 0)
+    assert next(iter(block["models"].values())).startswith("xxh3_128:")
+    with duckdb.connect(str(store_folder / "ledger.duckdb"), read_only=True) as ledger:
+        assert dict(ledger.execute("SELECT task, count(*) FROM documents GROUP BY task").fetchall()) == DOCUMENTS
+        assert {task for (task,) in ledger.execute("SELECT task FROM tasks").fetchall()} == set(ALL)
+        mine = ledger.execute(
+            "SELECT task, avg(value) FROM scores WHERE run = ? AND metric LIKE 'acc,%' GROUP BY task", [block["run"]]
+        )
+        for task, mean in mine.fetchall():
+            assert mean == pytest.approx(results["results"][task]["acc,none"])
+        labelled = "SELECT task, count(DISTINCT document) FROM lookups WHERE run = ? AND task <> '' GROUP BY task"
+        assert dict(ledger.execute(labelled, [block["run"]]).fetchall())["tiny_mc"] == DOCUMENTS["tiny_mc"]
+        assert ledger.execute("SELECT DISTINCT client FROM runs").fetchall() == [("lm_eval",)]
+
+
+def test_a_seam_that_has_moved_is_one_warning(here: Here, store_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = evaluate(here, tasks=("tiny_mc",))
+    monkeypatch.setitem(LM_EVAL.seams["models/huggingface.py"], "HFLM._model_call", "self inputs")
+    with pytest.warns(evalcache.EvalCacheWarning, match=r"lm_eval .* runs without its adapter: HFLM._model_call takes"):
+        results, told = run(here, store_folder, tasks=("tiny_mc",))
+    assert (told.hits, told.misses) == (0, 0)
+    assert_same(answers(results), answers(bare))
+
+
+def test_the_seams_of_the_tested_version_are_where_they_were() -> None:
+    from evalcache.integrations.clients import version_of_client
+
+    assert version_of_client(LM_EVAL) in LM_EVAL.tested
+    assert LM_EVAL.faults() == []
+
+
+# --- variants of a model ---------------------------------------------------------------------------------------------------
+
+
+def head_tuned(folder: Path) -> str:
+    edit(folder, lambda model: model.lm_head.weight.data.mul_(1.01))
+    return ""
+
+
+def one_ulp(folder: Path) -> str:
+    def nudge(model: Any) -> None:
+        weight = model.model.layers[0].mlp.up_proj.weight.data
+        weight[1, 1] = torch.nextafter(weight[1, 1], torch.tensor(9.0))
+
+    edit(folder, nudge)
+    return ""
+
+
+def edit(folder: Path, change: Callable[[Any], Any], **saving: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    change(model)
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    model.save_pretrained(folder, **saving)
+
+
+def sharded(folder: Path) -> str:
+    edit(folder, lambda model: None, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return ""
+
+
+def as_bin(folder: Path) -> str:
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.safetensors")
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    return ""
+
+
+def config_of(name: str, **values: Any) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return ""
+
+    return change
+
+
+def other_merges(folder: Path) -> str:
+    words.train_tokenizer([*reversed(TEXTS)], 300).save_pretrained(folder)
+    return ""
+
+
+def other_template(folder: Path) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = words.CHAT_TEMPLATE.replace(": ", " says: ")
+    tokenizer.save_pretrained(folder)
+    return ""
+
+
+def half(folder: Path) -> str:
+    edit(folder, lambda model: model.to(torch.bfloat16))
+    return ",dtype=bfloat16"
+
+
+def lora(folder: Path) -> str:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    model.save_pretrained(folder / "adapter")
+    return f",peft={folder / 'adapter'}"
+
+
+def merged(folder: Path) -> str:
+    lora(folder)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder / "adapter")
+    shutil.rmtree(folder / "adapter")
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    model.merge_and_unload().save_pretrained(folder)
+    return ""
+
+
+ALL_HIT, NONE_HITS = "all", "none"
+VARIANTS: dict[str, tuple[Callable[[Path], str], str]] = {
+    "moved": (lambda folder: "", ALL_HIT),
+    "sharded": (sharded, ALL_HIT),
+    "bin": (as_bin, ALL_HIT),
+    "head tuned": (head_tuned, NONE_HITS),
+    "one ulp": (one_ulp, NONE_HITS),
+    "rope theta": (config_of("config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0}), NONE_HITS),
+    "generation config": (config_of("generation_config.json", repetition_penalty=1.7), "log-likelihoods"),
+    "chat template": (other_template, ALL_HIT),  # nothing of it is in these prompts
+    "merges": (other_merges, NONE_HITS),
+    "bfloat16": (half, NONE_HITS),
+    "lora": (lora, NONE_HITS),
+    "merged": (merged, NONE_HITS),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_model(here: Here, store_folder: Path, tmp_path: Path, variant: str) -> None:
+    make, expected = VARIANTS[variant]
+    tasks = ("tiny_mc", "tiny_ppl", "tiny_gen")
+    _, told = run(here, store_folder, tasks=tasks)
+    whole = told.misses
+    folder = tmp_path / "variant"
+    shutil.copytree(here.model, folder)
+    args = make(folder)
+    bare = evaluate(here, folder, tasks=tasks, args=args)
+    for turn in range(2):
+        results, told = run(here, store_folder, folder, tasks=tasks, args=args)
+        assert_same(answers(results), answers(bare))
+        assert told.uncacheable == {}
+        hits = {ALL_HIT: whole, NONE_HITS: 0, "log-likelihoods": whole - REQUESTS["tiny_gen"]}[expected] if turn == 0 else whole
+        if variant != "merges":
+            assert (told.hits, told.misses) == (hits, whole - hits)
+        else:  # other ids in most requests, and other windows
+            assert told.misses > whole / 2 if turn == 0 else told.misses == 0
+
+
+# --- processes --------------------------------------------------------------------------------------------------------------
+
+LAUNCH = "import sys; from evalcache.cli import main; main(['run', '--', *sys.argv[1:]])"
+
+
+def command(here: Here, out: Path, model: Path | None = None, tasks: tuple[str, ...] = ALL) -> list[str]:
+    program = str(Path(sys.executable).parent / "lm_eval")
+    return [
+        *(program, "run", "--model", "hf", "--model_args", f"pretrained={model or here.model},dtype=float32", "--device", "cpu"),
+        *("--batch_size", "4", "--tasks", ",".join(tasks), "--include_path", str(here.tasks)),
+        *("--output_path", str(out), "--log_samples"),
+    ]
+
+
+def test_the_command_that_people_type(here: Here, store_folder: Path, tmp_path: Path) -> None:
+    tasks = ("tiny_mc", "tiny_gen")
+    environment = os.environ | {"EVALCACHE_DIR": str(store_folder)}
+    printed = []
+    for name, before in (("bare", []), ("cold", [sys.executable, "-c", LAUNCH]), ("warm", [sys.executable, "-c", LAUNCH])):
+        done = subprocess.run(
+            [*before, *command(here, tmp_path / name, tasks=tasks)], capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+        (file,) = (tmp_path / name).rglob("results*.json")
+        block = json.loads(file.read_text())["config"].get("evalcache")
+        assert (block is None) is (name == "bare")
+    assert printed[0] == printed[1] == printed[2]
+    assert (block["hits"], block["misses"], block["model_loads"]) == (40, 0, 0)
+    assert "evalcache: loglikelihood 32/32 stored, 0 to run" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("evalcache: 40 hits, 0 misses")
