@@ -448,7 +448,7 @@ def config_of(name: str, **values: Any) -> Callable[[Path], str]:
 
 
 def other_merges(folder: Path) -> str:
-    words.train_tokenizer([*reversed(TEXTS)], 300).save_pretrained(folder)
+    words.train_tokenizer(TEXTS, 110).save_pretrained(folder)
     return ""
 
 
