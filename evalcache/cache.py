@@ -119,7 +119,7 @@ class Cache:
                 self._drop(watch)
                 raise
             finally:
-                self.counts.overhead[kind] += watch.check_seconds
+                self.counts.overhead[kind] += watch.read_seconds
             self._settle(watch, manifest)
             self._meet(watch, manifest)
             return manifest
@@ -276,10 +276,28 @@ class Cache:
             self._events.append(ModelLoaded(self.run_id, root.value, seconds))
 
     def watch(self, watch: Watch) -> Watch:
-        """Register a watch, so that `close` makes the last check for it."""
+        """Register a watch, so that `close` makes the last check for it. Lets other models go."""
+        self.let_go()
         with self._lock:
             self._watches.append(watch)
         return watch
+
+    def let_go(self) -> bool:
+        """Check what waits of models that no call is busy with. Says whether something waited.
+
+        What waits for its check keeps its model alive: a script that has deleted it may need the memory for the next one.
+        """
+        waited = False
+        for watch in list(self._watches):
+            if watch.pending and watch.lock.acquire(blocking=False):
+                waited = True
+                try:
+                    self.open(watch)
+                except Exception:  # control is not with a call of ours: whatever fails here, the script goes on
+                    self._drop(watch)
+                finally:
+                    watch.lock.release()
+        return waited
 
     # --- the end -------------------------------------------------------------------------------------------------------
 

@@ -30,13 +30,17 @@ class Watch:
         fingerprint: reads every byte of the model and returns its manifest; called whenever control has been elsewhere.
         name: what the caller calls the model. role: of a model among several in one run.
         subject: the model; kept alive while a batch of it waits for a check, and not a moment longer.
+
+    ``read_seconds`` is what the last reading took, and ``check_seconds`` what the next one will take: 0 where the last one met
+    the model or a change of it. That one looked at everything afresh and says nothing of those that follow, and a model that is
+    being trained may change before the next call does its check.
     """
 
     def __init__(self, fingerprint: Callable[[], Manifest], name: str = "", role: str = "", subject: Any = None) -> None:
         self.name = name
         self.role = role
         self.manifest: Manifest | None = None
-        self.check_seconds = 0.0
+        self.read_seconds = self.check_seconds = 0.0
         self.lock = threading.RLock()
         self._fingerprint = fingerprint
         self.pending: list[Batch] = []
@@ -55,9 +59,11 @@ class Watch:
 
     def read(self) -> Manifest:
         """Read the model now."""
-        began = time.perf_counter()
+        before, began = self.manifest, time.perf_counter()
         try:
             self.manifest = self._fingerprint()
         finally:
-            self.check_seconds = time.perf_counter() - began
+            self.read_seconds = time.perf_counter() - began
+        same = before is not None and before.root == self.manifest.root
+        self.check_seconds = self.read_seconds if same else 0.0
         return self.manifest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
 import threading
 import time
@@ -156,7 +157,13 @@ class Seam:
 
     def load(self, cls: type, original: Callable[..., Any], path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``from_pretrained``: asleep where the checkpoint is known."""
-        model = loading.load(self.cache, cls, original, path, args, kwargs)
+
+        def load(*args: Any, **kwargs: Any) -> Any:
+            if self.cache.let_go():
+                gc.collect()  # modules with hooks are cycles, which the script itself could not collect while we held them
+            return original(*args, **kwargs)
+
+        model = loading.load(self.cache, cls, load, path, args, kwargs)
         if lazy.is_asleep(model):
 
             def bare(*args: Any, **kwargs: Any) -> Any:
@@ -227,6 +234,7 @@ class Seam:
             lazy.awake(model)
             if self.cache.open(watch).root != manifest.root:
                 raise AnotherModelError
+            watch.check_seconds = 0.0  # the first reading of what has been loaded is no check
 
     def resolve(
         self, model: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment, arguments: dict[str, Any]
