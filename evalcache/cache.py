@@ -8,11 +8,14 @@ the journal rows that tell the ledger.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import sys
 import threading
 import time
 import uuid
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +100,7 @@ class Cache:
         self._warned: set[str] = set()
         self._flushed_at = self._synced_at = time.monotonic()
         self._started = self._closed = self._broken = False
+        _caches.add(self)
 
     @property
     def untouched(self) -> bool:
@@ -447,6 +451,32 @@ class Cache:
         if not self._broken:
             self._broken = True
             warnings.warn(f"the store does not answer, this run goes on without it: {error}", EvalCacheWarning, stacklevel=3)
+
+    def _begin_child(self) -> None:
+        """After a fork, in the child: what waits is the parent's to write, and the ledger the parent's to bring up to date."""
+        self._lock = threading.RLock()  # a thread that is not here may hold it
+        self._started = self._started or bool(self._events)  # a run that the parent tells the beginning and the end of
+        self._events.clear()
+        self._overhead_told = Counter(self.counts.overhead)
+        self._synced_at = math.inf
+        for watch in self._watches:
+            watch.lock = threading.RLock()
+            watch.take()
+        if multiprocessing := sys.modules.get("multiprocessing.util"):
+            # Its processes end without the interpreter's own exit: a worker's last batch would be lost.
+            multiprocessing.register_after_fork(self, lambda cache: multiprocessing.Finalize(None, cache.flush, exitpriority=0))
+
+
+_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+def _begin_children() -> None:
+    for cache in list(_caches):
+        cache._begin_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_children)
 
 
 def _size_bytes(result: Result) -> int:

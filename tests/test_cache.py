@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError,
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest, ModuleRecord
 from evalcache.records import Action, Array, Cost, Environment, Fields, Request, Result, pack_tokens
+from evalcache.store import Store
 from evalcache.watch import Watch
 
 
@@ -233,6 +235,39 @@ def test_the_ledger_tells_what_happened(tmp_path):
         "SELECT run, hits, misses, uncacheable, duplicates, status FROM ledger.hits_by_run ORDER BY started_at"
     )
     assert [tuple(row) for row in table.rows] == [(cache.run_id, 0, 3, 2, 1, "failed"), (again.run_id, 3, 0, 0, 1, "ok")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_writes_what_is_its_own_and_the_parent_the_rest(tmp_path):
+    cache, engine = Cache(tmp_path), Engine(seconds=0.0)
+    watch = cache.watch(Watch(engine.manifest, "engine"))
+    ask(cache, engine, watch=watch)
+    assert watch.pending and not cache.store.stats().entries
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with cache._lock, watch.lock:
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if not pid:
+        signal.alarm(30)  # waiting for a lock that nobody will let go
+        ask(cache, engine, [(7,)], watch)
+        cache.flush()
+        os._exit(0)
+    over.set()
+    thread.join()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert cache.store.stats().entries == 1
+    cache.close()
+    table = Ledger(cache.ledger_path).query("SELECT run, hits, misses, duplicates, status FROM ledger.hits_by_run")
+    assert [tuple(row) for row in table.rows] == [(cache.run_id, 0, 4, 1, "ok")]
+    with Store(tmp_path / "store") as store:
+        assert store.stats().entries == 4 and not store.check()
 
 
 def test_a_run_that_asked_nothing_leaves_nothing(tmp_path):

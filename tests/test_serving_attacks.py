@@ -848,8 +848,9 @@ def test_workers_that_were_forked_answer_as_the_bare_ones(tmp_path: Path) -> Non
         here.ask(rows(0), model)
         for _ in range(2):
             assert_same(bare, list(loader))
-        found, _ = here.ask(greedy(), model)
+        found, told = here.ask(greedy(), model)
         assert_same(torch.cat(bare).reshape(4, -1), found)
+        assert told.hits == 4
 
 
 def test_the_generator_of_another_kind_of_device_counts(monkeypatch: pytest.MonkeyPatch) -> None:
