@@ -15,7 +15,7 @@ next to nothing and never imports torch. Inside, a file imports only files of a 
 | 4 | ``store``, ``ledger`` | diskcache serves, DuckDB remembers |
 | 5 | ``cache``, ``audit`` | the two joined; what it cost and saved |
 | 6 | ``integrations`` | one file per client |
-| 7 | ``session``, ``launch`` | one process with evalcache in it; one command with evalcache in it |
+| 7 | ``session``, ``launch``, ``engine`` | one process with evalcache in it; one command; an eval loop of one's own |
 | 8 | ``cli`` | verbs: parse → call → print |
 """
 
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from evalcache.cache import Cache
     from evalcache.checkpoint import fingerprint_checkpoint
     from evalcache.digest import Digest
+    from evalcache.engine import cached, run, run_async
     from evalcache.errors import EvalCacheError, EvalCacheWarning, ReplayMissError, UncacheableError
     from evalcache.manifest import Manifest
     from evalcache.records import Policy
     from evalcache.session import Session, disable, enable, loglikelihood, wrap
+    from evalcache.sources import Named, named
     from evalcache.weights import fingerprint
 
 _HOMES = {
@@ -42,15 +44,20 @@ _HOMES = {
     "EvalCacheError": "evalcache.errors",
     "EvalCacheWarning": "evalcache.errors",
     "Manifest": "evalcache.manifest",
+    "Named": "evalcache.sources",
     "Policy": "evalcache.records",
     "ReplayMissError": "evalcache.errors",
     "Session": "evalcache.session",
     "UncacheableError": "evalcache.errors",
+    "cached": "evalcache.engine",
     "disable": "evalcache.session",
     "enable": "evalcache.session",
     "fingerprint": "evalcache.weights",
     "fingerprint_checkpoint": "evalcache.checkpoint",
     "loglikelihood": "evalcache.session",
+    "named": "evalcache.sources",
+    "run": "evalcache.engine",
+    "run_async": "evalcache.engine",
     "wrap": "evalcache.session",
 }
 
@@ -60,16 +67,21 @@ __all__ = [
     "EvalCacheError",
     "EvalCacheWarning",
     "Manifest",
+    "Named",
     "Policy",
     "ReplayMissError",
     "Session",
     "UncacheableError",
     "__version__",
+    "cached",
     "disable",
     "enable",
     "fingerprint",
     "fingerprint_checkpoint",
     "loglikelihood",
+    "named",
+    "run",
+    "run_async",
     "wrap",
 ]
 

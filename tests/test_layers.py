@@ -67,8 +67,12 @@ LEVELS = {
     "names": 5,  # what a person types → the model or key that is meant
     "verification": 5,
     "entryview": 5,
+    "asked": 5.5,  # requests of an eval loop of one's own
+    "compute": 6.5,  # the function that answers them
     "integrations": 6,
+    "sources": 6.5,  # whose answers they are
     "session": 7,
+    "engine": 7.5,  # the loop itself
     "launch": 7,
     "_site": 8,  # what a launched interpreter starts with
     "cli": 8,
