@@ -35,7 +35,10 @@ more of it than the script does would show (time, messages of its optional parts
 LATECOMERS = ("peft.peft_model",)
 """Modules whose classes stand above those of transformers and are patched as well, whenever they come."""
 
-CLIENTS = {"lm_eval": ("lm_eval.models.huggingface", "lm_eval.evaluator")}
+CLIENTS = {
+    "lm_eval": ("lm_eval.models.huggingface", "lm_eval.evaluator"),
+    "lighteval": ("lighteval.models.transformers.transformers_model",),
+}
 """Eval clients with an adapter of their own (``integrations/<name>.py``), and the modules after whose import it is installed."""
 
 _current: Session | None = None
@@ -150,11 +153,12 @@ class Session:
         """Hold on to an eval client, whose module has just been imported."""
         if self._closed or os.getpid() != self._pid or self.cache is None:
             return
+        if name not in self._clients:
+            self._clients.append(name)
         try:
             importlib.import_module(f"evalcache.integrations.{name}").install(self.cache)
-            if name not in self._clients:
-                self._clients.append(name)
         except Exception as error:
+            importlib.import_module(f"evalcache.integrations.{name}").uninstall()
             _warn(f"cannot hold on to {name} ({_say(error)}); it runs without its adapter")
 
     def _print_summary(self, cache: Cache) -> None:

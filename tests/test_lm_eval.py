@@ -22,6 +22,7 @@ import words
 from harness_tasks import ALL, DOCUMENTS, REQUESTS, TEXTS, make_model, make_tasks
 
 import evalcache
+from evalcache.code import ORIGINAL
 from evalcache.integrations.clients import LM_EVAL
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -89,6 +90,12 @@ class Told:
     loads: int
     uncacheable: dict[str, int]
     duplicates: int
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    yield
+    assert not hasattr(HFLM.generate_until, ORIGINAL) and not hasattr(sys.modules["lm_eval.evaluator"].evaluate, ORIGINAL)
 
 
 @contextlib.contextmanager

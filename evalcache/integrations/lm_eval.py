@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,14 +52,14 @@ def install(cache: Cache) -> None:
     if faults := LM_EVAL.faults():
         cache.warn(f"lm_eval {version_of_client(LM_EVAL)} runs without its adapter: {'; '.join(faults)}")
         return
-    import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 
     _adapter = Adapter(cache, HFLM)
     for name in ("loglikelihood", "loglikelihood_rolling", "_loglikelihood_tokens", "generate_until"):
         _patches.replace(HFLM, name, _through(name))
     _patches.replace(HFLM, "get_model_info", _with_block)
-    _patches.replace(lm_eval.evaluator, "evaluate", lambda original: watch_scores(original, _told, CLIENT))
+    # Its import may not be over yet, and the package does not have it until then.
+    _patches.replace(sys.modules["lm_eval.evaluator"], "evaluate", lambda original: watch_scores(original, _told, CLIENT))
 
 
 def uninstall() -> None:
