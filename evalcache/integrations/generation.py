@@ -20,12 +20,12 @@ import torch
 
 from evalcache.canonical import digest_canonical
 from evalcache.digest import digest_bytes
-from evalcache.errors import CanonicalError, UncacheableError
+from evalcache.errors import CanonicalError, EvalCacheError, UncacheableError
 from evalcache.integrations.generators import generator_states
 from evalcache.integrations.processors import describe_criteria, describe_processors, tokenizer_digest
 from evalcache.integrations.settings import effective_settings, fill_id, reads_padding
 from evalcache.records import Fields, Request, pack_tokens
-from evalcache.weights import tensor_bytes
+from evalcache.weights import tensor_bytes, unwrap
 
 _ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask".split())
 _ALONG_PROMPT = frozenset({"position_ids", "token_type_ids"})
@@ -107,6 +107,25 @@ def bind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return named.pop("kwargs", {}) | named
 
 
+def engine_of(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """The transformers model whose methods resolve a call: below wrappers, and below adapters.
+
+    Raises:
+        UncacheableError: an adapter acts in a way that is not keyed.
+    """
+    inner = unwrap(model)
+    if model is not inner and "generation_config" in vars(model):
+        inner.generation_config = model.generation_config  # PEFT does so when its `generate` begins
+    if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
+        raise UncacheableError("unsupported", "an adapter that acts after its invocation tokens")
+    if model is inner and hasattr(model, "active_peft_config"):  # prompt learning: virtual tokens come before the prompt
+        config = arguments.get("generation_config")
+        if arguments.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
+            raise UncacheableError("unsupported", "a prompt-learning adapter without max_new_tokens")
+        return model.base_model
+    return inner
+
+
 def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     """Resolve a call into Requests.
 
@@ -117,6 +136,16 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     Raises:
         UncacheableError: with the reason.
     """
+    try:
+        return _resolve(model, arguments, traits)
+    except (EvalCacheError, MemoryError):
+        raise
+    except Exception as error:
+        # Wrong arguments raise in the engine's own checks, and a new version's methods may differ: the bare call will tell.
+        raise UncacheableError("argument", f"{type(error).__name__}: {error}") from error
+
+
+def _resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     given = dict(arguments)
     _refuse(given)
     processors = describe_processors(given.pop("logits_processor", None))

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from evalcache.cache import Cache
 from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
-from evalcache.errors import EvalCacheError, UncacheableError
+from evalcache.errors import UncacheableError
 from evalcache.integrations import generation, lazy, loading, outputs
 from evalcache.integrations.enginelogs import Told, buffered_logs
 from evalcache.integrations.generation import Call, Traits
@@ -247,16 +248,16 @@ class Seam:
         try:
             asleep = lazy.is_asleep(model)
             inner = model if asleep else unwrap(lazy.awake(model))
-            engine = lazy.sleep_of(model).hollow if asleep else _engine(lazy.awake(model), inner, arguments)
+            engine = lazy.sleep_of(model).hollow if asleep else generation.engine_of(lazy.awake(model), arguments)
             traits = self._find_traits(inner, original, manifest, environment)
             with buffered_logs() as told:
                 try:
-                    call = _resolve(engine, arguments, traits)
+                    call = generation.resolve(engine, arguments, traits)
                 except UncacheableError:
                     if not lazy.is_asleep(model):
                         raise
                     # Perhaps only because a hollow model has no modules to ask.
-                    call = _resolve(_engine(lazy.awake(model), unwrap(lazy.awake(model)), arguments), arguments, traits)
+                    call = generation.resolve(generation.engine_of(lazy.awake(model), arguments), arguments, traits)
             if call.samples:
                 _one_sampling_thread()
             return call, told
@@ -313,11 +314,11 @@ class Seam:
         if call.whole:
             result = outputs.batch_result(call, output)
             cost = share(watch, [int(call.mask.sum())], [len(result.tokens) // 4], name)[0]
-            return [_with_cost(result, cost, call.rows)]
+            return [replace(result, cost=replace(cost, batch_size=call.rows))]
         results = outputs.row_results(call, output, len(missing))
         prompts = [int(call.mask[row].sum()) for row in missing]
         costs = share(watch, prompts, [len(result.tokens) // 4 for result in results], name)
-        return [_with_cost(result, cost, len(missing)) for result, cost in zip(results, costs, strict=True)]
+        return [replace(result, cost=cost) for result, cost in zip(results, costs, strict=True)]
 
     def _strictly(self, environment: Environment, call: Call) -> Environment:
         """Under strict matching a row's batch is part of its key: its neighbours and the padded width, in order."""
@@ -350,42 +351,6 @@ class Seam:
                 self.cache.put_object(name, stored)
             self._known[name] = decode(stored)
         return self._known[name]
-
-
-def _resolve(engine: Any, arguments: dict[str, Any], traits: Traits) -> Call:
-    try:
-        return generation.resolve(engine, arguments, traits)
-    except (EvalCacheError, MemoryError):
-        raise
-    except Exception as error:
-        # Wrong arguments raise in the engine's own checks, and a new version's methods may differ: the bare call will tell.
-        raise UncacheableError("argument", f"{type(error).__name__}: {error}") from error
-
-
-def _engine(model: Any, inner: Any, arguments: dict[str, Any]) -> Any:
-    """The transformers model whose methods resolve the call."""
-    if model is not inner and "generation_config" in vars(model):
-        inner.generation_config = model.generation_config  # PEFT does so when its `generate` begins
-    if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
-        raise UncacheableError("unsupported", "an adapter that acts after its invocation tokens")
-    if model is inner or not hasattr(model, "active_peft_config"):
-        if hasattr(model, "active_peft_config"):  # prompt learning: virtual tokens come before the prompt
-            config = arguments.get("generation_config")
-            if arguments.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
-                raise UncacheableError("unsupported", "a prompt-learning adapter without max_new_tokens")
-            return model.base_model
-        return inner
-    return inner
-
-
-def _with_cost(result: Result, cost: Any, rows: int) -> Result:
-    return Result(
-        tokens=result.tokens,
-        finish_reason=result.finish_reason,
-        scalars=result.scalars,
-        arrays=result.arrays,
-        cost=type(cost)(cost.seconds, cost.prompt_tokens, cost.completion_tokens, cost.device, rows),
-    )
 
 
 def _one_sampling_thread() -> None:
