@@ -70,7 +70,38 @@ LM_EVAL = Client(
     },
 )
 
-CLIENTS = (LM_EVAL,)
+LIGHTEVAL = Client(
+    "lighteval",
+    "lighteval",
+    ("0.13.0",),
+    {
+        "models/transformers/transformers_model.py": {
+            "TransformersModel.greedy_until": "self docs",
+            "TransformersModel.loglikelihood": "self docs",
+            "TransformersModel.loglikelihood_rolling": "self docs",
+            "TransformersModel._loglikelihood_tokens": "self docs rolling",
+            "TransformersModel._padded_greedy_until": "self docs",
+            "TransformersModel._generate": "self continuous_batching kwargs",
+            "TransformersModel._generate_padded": "self batch max_new_tokens stop_tokens returns_logits num_samples",
+            "TransformersModel._get_batch_size": "self max_input_length override_bs starting_batch_size",
+            "TransformersModel.prepare_batch_logprob": "self tokenized_contexts tokenized_continuations max_context",
+            "stop_sequences_criteria": "tokenizer stop_sequences batch",
+        },
+        "models/abstract_model.py": {"LightevalModel.tok_encode_pair": "self context continuations pairwise"},
+        "data.py": {"DynamicBatchDataset.get_original_order": "self new_arr", "DynamicBatchDataset.splits_iterator": "self"},
+        "utils/cache_management.py": {
+            "SampleCache._dump_sample": "self result",
+            "SampleCache._load_sample": "self sample",
+            "cached": "sampling_method",
+        },
+        "logging/info_loggers.py": {
+            "DetailsLogger.log": "self task_name doc model_response metrics",
+            "MetricsLogger.aggregate": "self task_dict bootstrap_iters",
+        },
+    },
+)
+
+CLIENTS = (LM_EVAL, LIGHTEVAL)
 
 
 def version_of_client(client: Client) -> str:
