@@ -94,6 +94,7 @@ class Source:
             if is_asleep(self.model):
                 awake(self.model)
                 cache.open(self.watch)
+                self.watch.check_seconds = 0.0  # the first reading of what has been loaded is no check
         return self.watch.manifest.root if self.watch.manifest else None
 
 

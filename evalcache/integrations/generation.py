@@ -27,7 +27,7 @@ from evalcache.integrations.settings import effective_settings, fill_id, reads_p
 from evalcache.records import Fields, Request, pack_tokens
 from evalcache.weights import tensor_bytes, unwrap
 
-_ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask".split())
+_ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask labels".split())
 _ALONG_PROMPT = frozenset({"position_ids", "token_type_ids"})
 _BATCH_TENSORS = frozenset(
     "pixel_values pixel_attention_mask pixel_values_videos image_grid_thw video_grid_thw image_sizes input_features "
