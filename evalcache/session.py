@@ -36,8 +36,9 @@ LATECOMERS = ("peft.peft_model",)
 """Modules whose classes stand above those of transformers and are patched as well, whenever they come."""
 
 CLIENTS = {
-    "lm_eval": ("lm_eval.models.huggingface", "lm_eval.evaluator"),
+    "lm_eval": ("lm_eval.models.huggingface",),
     "lighteval": ("lighteval.models.transformers.transformers_model",),
+    "inspect_ai": ("inspect_ai.model._providers.hf",),
 }
 """Eval clients with an adapter of their own (``integrations/<name>.py``), and the modules after whose import it is installed."""
 

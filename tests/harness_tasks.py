@@ -65,14 +65,18 @@ REQUESTS = {"tiny_mc": 32, "tiny_letters": 24, "tiny_gen": 8, "tiny_sampled": 1}
 """Lookups of a whole run; a long text of ``tiny_ppl`` is one for each window, and a sampled call is one as a whole."""
 
 
-def make_tasks(folder: Path, **changes: dict[str, Any]) -> Path:
-    """Write the tasks and their documents; ``changes`` are further settings by task."""
+def make_tasks(folder: Path, *, documents: int | None = None, **changes: dict[str, Any]) -> Path:
+    """Write the tasks and their documents; ``changes`` are further settings by task.
+
+    Args:
+        documents: of each task; None means `DOCUMENTS`.
+    """
     draw = random.Random(0)
 
     def text(count: int) -> str:
         return " ".join(draw.choice(_WORDS) for _ in range(count))
 
-    documents = {
+    makers = {
         "tiny_mc": lambda: {"question": text(draw.randint(4, 14)), "choices": [text(draw.randint(2, 6)) for _ in range(4)]},
         "tiny_letters": lambda: {"question": text(draw.randint(4, 14)), **{letter: text(3) for letter in "ABCD"}},
         "tiny_ppl": lambda: {"text": text(draw.choice((8, 30, 250)))},
@@ -80,10 +84,10 @@ def make_tasks(folder: Path, **changes: dict[str, Any]) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in _TASKS.items():
-        make = documents.get(name, documents["tiny_gen"])
+        make = makers.get(name, makers["tiny_gen"])
         rows = [
             make() | {"answer": draw.randrange(4) if "letters" in name or "mc" in name else text(1)}
-            for _ in range(DOCUMENTS[name])
+            for _ in range(documents or DOCUMENTS[name])
         ]
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

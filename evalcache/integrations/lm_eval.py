@@ -22,6 +22,7 @@ import torch
 from evalcache.cache import Cache
 from evalcache.code import ORIGINAL, origin_of
 from evalcache.errors import UncacheableError
+from evalcache.importhook import ImportHook
 from evalcache.integrations.clients import LM_EVAL, version_of_client
 from evalcache.integrations.lm_eval_generation import Generations
 from evalcache.integrations.lm_eval_tasks import watch_scores
@@ -58,15 +59,24 @@ def install(cache: Cache) -> None:
     for name in ("loglikelihood", "loglikelihood_rolling", "_loglikelihood_tokens", "generate_until"):
         _patches.replace(HFLM, name, _through(name))
     _patches.replace(HFLM, "get_model_info", _with_block)
-    # Its import may not be over yet, and the package does not have it until then.
-    _patches.replace(sys.modules["lm_eval.evaluator"], "evaluate", lambda original: watch_scores(original, _told, CLIENT))
+    _evaluator.install()
 
 
 def uninstall() -> None:
     """Put back what `install` replaced."""
     global _adapter
     _adapter = None
+    _evaluator.remove()
     _patches.undo()
+
+
+def _watch_evaluator() -> None:
+    # Its import may not be over yet, and the package does not have it until then.
+    evaluator = sys.modules["lm_eval.evaluator"]
+    _patches.replace(evaluator, "evaluate", lambda original: watch_scores(original, _told, CLIENT))
+
+
+_evaluator = ImportHook(("lm_eval.evaluator",), _watch_evaluator)
 
 
 def _told() -> Cache | None:
@@ -155,8 +165,8 @@ class Adapter:
                 lm.cache_hook.add_partial("loglikelihood", text, answers[place])
         if odd:
             mixed = [asked[place] for place in odd]
-            error = UncacheableError("unsupported", "requests of one input and different lengths, which the harness mixes up")
-            answers |= zip(odd, self._bare(error, len(odd), lambda: original(lm, mixed, *args, **kwargs)), strict=True)
+            why = UncacheableError("unsupported", "requests of one input and different lengths, which the harness mixes up")
+            answers |= zip(odd, self._bare(why, len(odd), lambda: original(lm, mixed, *args, **kwargs)), strict=True)
         return [answers[place] for place in range(len(asked))]
 
     def generate_until(self, lm: Any, original: Callable[..., Any], requests: Any, *args: Any, **kwargs: Any) -> Any:
