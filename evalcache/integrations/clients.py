@@ -101,7 +101,26 @@ LIGHTEVAL = Client(
     },
 )
 
-CLIENTS = (LM_EVAL, LIGHTEVAL)
+INSPECT_AI = Client(
+    "inspect_ai",
+    "inspect_ai",
+    ("0.3.285",),
+    {
+        "model/_providers/hf.py": {
+            "HuggingFaceAPI.generate": "self input tools tool_choice config",
+            "batched_generate": "input",
+            "_generate_batch": "batch",
+            "_batch_key": "input",
+        },
+        "_eval/task/log.py": {
+            "TaskLogger._record_sample_outcome": "self sample",
+            "TaskLogger.log_finish": "self status stats results reductions error prune_unplanned",
+        },
+        "log/_samples.py": {"sample_active": "", "track_active_model_event": "event"},
+    },
+)
+
+CLIENTS = (LM_EVAL, LIGHTEVAL, INSPECT_AI)
 
 
 def version_of_client(client: Client) -> str:
