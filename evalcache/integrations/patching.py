@@ -13,7 +13,7 @@ class Patches:
     """What was replaced, to be put back in reverse order. Our functions carry the original: `code.is_ours` knows them by it."""
 
     def __init__(self) -> None:
-        self._done: list[tuple[Any, str, Any]] = []
+        self._done: list[tuple[Any, str, Any, Any]] = []
 
     def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put ``make(original)`` in the place of ``owner.name``; nothing where that is ours already.
@@ -27,9 +27,11 @@ class Patches:
         ours = functools.wraps(original)(make(original))
         setattr(ours, ORIGINAL, original)
         setattr(owner, name, ours)
-        self._done.append((owner, name, original))
+        self._done.append((owner, name, original, ours))
 
     def undo(self) -> None:
-        """Put everything back."""
+        """Put everything back but what somebody else has replaced since: it is theirs to restore."""
         while self._done:
-            setattr(*self._done.pop())
+            owner, name, original, ours = self._done.pop()
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, original)
