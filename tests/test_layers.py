@@ -74,6 +74,7 @@ LEVELS = {
     "session": 7,
     "engine": 7.5,  # the loop itself
     "launch": 7,
+    "inspect_provider": 8,  # an entry point
     "_site": 8,  # what a launched interpreter starts with
     "cli": 8,
     "__main__": 9,
