@@ -26,6 +26,7 @@ from evalcache.integrations.lighteval_generation import Generations
 from evalcache.integrations.lighteval_scores import score_documents
 from evalcache.integrations.lighteval_tasks import ScoreWatch
 from evalcache.integrations.patching import Patches
+from evalcache.integrations.transformers import not_again
 from evalcache.records import Policy
 
 CLIENT = LIGHTEVAL.name
@@ -151,7 +152,8 @@ class Adapter:
         # What was drawn on the way (each pass over its batches draws a number) is drawn again.
         restore_generators(states, device)
         _log.info(f"evalcache: {count} requests run uncached: {refused}")
-        with self.cache.bypassed(refused, requests=max(1, count), client=CLIENT):
+        # Once, here: `generate` beneath refuses lighteval's stop criteria anyway.
+        with not_again(), self.cache.bypassed(refused, requests=max(1, count), client=CLIENT):
             return as_lighteval_reads(lm, docs, bare(lm, docs))
 
     def _refuse_others(self, lm: Any) -> None:

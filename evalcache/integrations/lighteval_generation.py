@@ -32,6 +32,7 @@ from evalcache.integrations.clients import LIGHTEVAL, version_of_client
 from evalcache.integrations.generation import Call
 from evalcache.integrations.generators import generator_states, restore_generators
 from evalcache.integrations.lighteval_scores import batch_size_of
+from evalcache.integrations.lighteval_stops import ends_by_id, refuse_leaks
 from evalcache.integrations.outputs import row_results, to_array, to_tensor
 from evalcache.integrations.processors import tokenizer_digest
 from evalcache.integrations.timing import Stopwatch, measured, share
@@ -105,6 +106,8 @@ class Generations:
         lm._get_batch_size = batch_size
         try:
             given, places = self._plan(lm, docs)
+            if self.cache.get_object(generation.traits_name([manifest.root.value, environment.keyed.digest.value])) is None:
+                seam.wake(lm.model, watch, manifest)  # it has to be probed, which a sleeping one cannot be
             checked: set[Any] = set()
             batches = [self._resolve(lm, one, known, checked) for one in given]
             if any(batch.call.samples or batch.call.returned > 1 for batch in batches):
@@ -162,14 +165,14 @@ class Generations:
             if call.whole:
                 raise UncacheableError("unsupported", "rows of this model depend on each other")
             if call.rows > 1 and (batch.stops, call.end_ids) not in checked:
-                _refuse_leaks(lm.tokenizer, batch)
+                refuse_leaks(lm.tokenizer, batch.stops, batch.call.end_ids)
                 checked.add((batch.stops, call.end_ids))
         return batch
 
     def _keyed(self, lm: Any, batch: _Batch) -> list[Request]:
         """Its rows' requests: a plain script's where the end id is the only stop there is."""
         requests = batch.call.requests
-        if _is_plain(lm.tokenizer, batch):
+        if ends_by_id(lm.tokenizer, batch.stops, batch.call.end_ids):
             return requests
         settings = self._settings(batch, requests[0].settings)
         return [replace(one, kind="greedy_until", settings=settings) for one in requests]
@@ -377,37 +380,3 @@ def _together(batches: Sequence[_Batch], job: Sequence[Place]) -> tuple[dict[str
     call = copy.copy(first.call)
     call.ids, call.mask, call.prefix = ids, mask, ids
     return first.given | {"batch": batch}, call
-
-
-def _is_plain(tokenizer: Any, batch: _Batch) -> bool:
-    """Whether the end id alone stops these rows, so that any script's answer is lighteval's too."""
-    end = tokenizer.eos_token
-    alone = set(batch.stops) == {end} and tokenizer.encode(end, add_special_tokens=False) == [tokenizer.eos_token_id]
-    return alone and tokenizer.eos_token_id in batch.call.end_ids
-
-
-def _refuse_leaks(tokenizer: Any, batch: _Batch) -> None:
-    """Refuse what would show in a row's text that its neighbours were not done yet: a row goes on until they are.
-
-    Raises:
-        UncacheableError: a stop string that the text does not show and at which the engine does not stop; or one that can begin
-            before another has ended and end after it, and is looked for first.
-    """
-    stops = batch.stops
-    hidden = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {*tokenizer.all_special_tokens}
-    for stop in stops:
-        ends = stop in hidden and tokenizer.convert_tokens_to_ids(stop) in batch.call.end_ids
-        if not stop or (any(token in stop for token in hidden) and not ends):
-            raise UncacheableError("criterion", f"the engine does not stop at {stop!r}")
-    for place, later in enumerate(stops):
-        if any(earlier not in hidden and earlier != later and _can_outlast(earlier, later) for earlier in stops[:place]):
-            raise UncacheableError("criterion", f"stop strings that overlap with {later!r}")
-
-
-def _can_outlast(first: str, second: str) -> bool:
-    """Whether ``first`` can overlap with ``second`` in a text, begin elsewhere, and end after it."""
-    for start in range(1 - len(first), len(second)):
-        over = range(max(0, start), min(len(second), start + len(first)))
-        if start and start + len(first) > len(second) and all(second[at] == first[at - start] for at in over):
-            return True
-    return False
