@@ -35,10 +35,11 @@ from evalcache.errors import (
 from evalcache.folder import default_folder
 from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded
 from evalcache.key import key_of
+from evalcache.leases import Leases
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
 from evalcache.provenance import describe_run
-from evalcache.records import Action, Hit, Miss, Policy, Result
+from evalcache.records import Action, Entry, Hit, Miss, Policy, Result
 from evalcache.serving import Labels, Made, Serving, Told
 from evalcache.store import Store
 from evalcache.watch import Batch, Watch
@@ -56,6 +57,8 @@ RESULT_LIMIT_BYTES = 256 << 20
 Compute = Callable[[Sequence[int]], Iterable[tuple[int, Result]]]
 """Given the positions to compute (misses only, duplicates merged, in first-seen order), gives (position, result) for each, in any
 order and as they are made: a long call is checked and committed every few seconds."""
+Portions = Callable[[list[int]], Iterable[Sequence[int]]]
+"""Given the positions that are missing, gives them again, split into what is computed together."""
 
 
 class Cache:
@@ -137,23 +140,27 @@ class Cache:
         client: str = "",
         labels: Labels | None = None,
         all_or_none: bool = False,
+        portions: Portions | None = None,
     ) -> list[Result]:
         """Results for ``actions`` in their order: stored ones for hits, and ``compute`` for the others.
 
         Args:
             labels: tasks and documents, for the ledger.
             all_or_none: where one misses, all are computed: for actions whose batch is part of their key.
+            portions: splits the missing positions into what is computed together; None means all at once.
 
-        Equal actions are computed once. The caller has called `open`; what was computed is stored once a later check has
-        found the model unchanged.
+        Equal actions are computed once, also where another process asks for them at the same time: each computes the portions
+        that it gets hold of, so ``compute`` is called once, several times or never. The caller has called `open`; what was
+        computed is stored once a later check has found the model unchanged.
 
         Raises:
             ReplayMissError: the policy is ``replay`` and an action is not in the store.
         """
         with self.serving(watch, actions, client=client, labels=labels, all_or_none=all_or_none) as serving:
             if missing := serving.missing:
-                for position, result in compute(missing):
-                    serving.put(position, result)
+                for mine in serving.claims([missing] if portions is None else portions(missing)):
+                    for position, result in compute(mine):
+                        serving.put(position, result)
         return serving.results()
 
     @contextlib.contextmanager
@@ -166,11 +173,12 @@ class Cache:
         labels: Labels | None = None,
         all_or_none: bool = False,
     ) -> Iterator[Serving]:
-        """`serve` for engines that hand their results over themselves: the block puts one for each missing position.
+        """`serve` for engines that hand their results over themselves: the block puts one for each missing position, or for
+        each that `Serving.claims` gives it.
 
         What was put is kept although the block raises.
         """
-        began = time.perf_counter()
+        began, looked_at = time.perf_counter(), time.time()
         keys = [key_of(action) for action in actions]
         keyed = time.perf_counter()
         distinct = list(dict.fromkeys(keys))
@@ -181,17 +189,21 @@ class Cache:
         self.counts.overhead["keys"] += keyed - began
         self.counts.overhead["lookup"] += time.perf_counter() - keyed
 
-        def hand_over(made: list[Made], more: bool) -> None:
+        def hand_over(made: list[Made], now: bool) -> None:
             if self.policy.writes:
-                self._wait_for_check(watch, made[0][1].model, made, more)
+                self._wait_for_check(watch, made[0][1].model, made, now)
 
-        serving = Serving(actions, keys, lookups, hand_over, COMMIT_S, labels)
+        serving = Serving(
+            actions, keys, lookups, hand_over, COMMIT_S, labels,
+            leases=self._leases(), look=self._look_again, fault=self._warn_once, together=all_or_none, looked_at=looked_at,
+        )  # fmt: skip
         whole = False
         try:
             yield serving
             whole = True
         finally:
-            serving.flush()
+            serving.close()
+            self.counts.overhead["lookup"] += serving.waited_s
             self._tell_lookups(watch, serving.told(computed_only=not whole), client)
 
     def uncacheable(
@@ -350,6 +362,16 @@ class Cache:
             self._warn_once(error)
             return {}
 
+    def _leases(self) -> Leases | None:
+        """The leases of a process that may leave work to others, and whose own work is of use to them."""
+        return self.store.leases if self.policy is Policy.USE and not self._broken and not _is_one_of_several_ranks() else None
+
+    def _look_again(self, keys: list[Digest]) -> dict[Digest, Hit]:
+        began = time.perf_counter()
+        found = {key: Hit(entry) for key, entry in self._read(keys).items() if isinstance(entry, Entry)}
+        self.counts.overhead["lookup"] += time.perf_counter() - began
+        return found
+
     def _meet(self, watch: Watch, manifest: Manifest) -> None:
         with self._lock:
             name = watch.name or str(manifest.about.get("name") or manifest.about.get("class") or "model")
@@ -477,6 +499,14 @@ def _begin_children() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_children)
+
+
+def _is_one_of_several_ranks() -> bool:
+    """Ranks of one launch may have to take part in each other's forwards: all of them compute what all of them miss."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        return True
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def _size_bytes(result: Result) -> int:

@@ -6,6 +6,7 @@
 | ``object/<name>`` | shared bytes: ``fields/<hex>`` (settings, environments), ``model/<root hex>`` (manifests), sealed |
 | ``journal/<20 digits>`` | one event for the ledger (`journal.py`), sealed; numbers only rise, also after rows were forgotten |
 | ``store/state`` | the store's id and the last journal number given out, sealed |
+| ``worker/…``, ``lease/…`` | who computes what at the moment (`leases.py`), sealed |
 | ``aside/<row key>`` | what failed its checks, kept for whoever wants to know why |
 """
 
@@ -26,6 +27,7 @@ from evalcache.digest import SIZE_BYTES, Digest
 from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
 from evalcache.journal import Event, Stored, decode_event, encode_event
+from evalcache.leases import Leases
 from evalcache.records import Action, Entry, Result
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
 
@@ -33,6 +35,7 @@ _STATE = "store/state"
 _OBJECTS = ("object/", "object0")  # "0" follows "/": the first text after every row of the kind
 _JOURNAL = ("journal/", "journal0")
 _ASIDE = ("aside/", "aside0")
+_AT_WORK = ("worker/", "lease/")
 _ENTRIES = b""  # bytes come after all text
 _SCAN_ROWS = 500
 _PAUSE_FROM_KEYS = 1000
@@ -64,6 +67,7 @@ class Store:
         self.directory = Path(directory)
         self.corrupt_count = 0
         self._rows = Rows(directory, timeout_s=timeout_s)
+        self.leases = Leases(self._rows)
         with self._rows.transaction("opening"):
             self._state()
 
@@ -145,7 +149,8 @@ class Store:
         """Write all of it in one transaction; when this returns it is on disk, when it raises nothing was written.
 
         An entry replaces one under the same key. Objects are written where they are absent; the settings and environments
-        of the entries are added as ``fields/<hex>``, and a `Stored` event with the entries' keys follows the ``events``.
+        of the entries are added as ``fields/<hex>``, and a `Stored` event with the entries' keys follows the ``events``. Leases
+        of the entries that this process holds are given up.
 
         Args:
             run: id of the run that computed the entries. created_at: Unix seconds.
@@ -176,6 +181,7 @@ class Store:
                 rows = [(_journal_row(last + place), data) for place, data in enumerate(encoded, 1)]
                 self._rows.put((row, seal(row, data)) for row, data in rows)
                 self._set_state(store_id, last + len(rows))
+            self.leases.release(key for key, *_ in entries)
 
     def _encode(self, key: Digest, action: Action, result: Result, run: str, created_at: float) -> bytes:
         try:
@@ -258,7 +264,7 @@ class Store:
             " WHERE raw IS NOT 1 OR typeof(key) <> 'blob' OR length(key) <> ?"
         )
         for row, raw, kind, value in self._rows.query(others, (SIZE_BYTES,)):
-            if raw != 1 or kind != "text" or not row.startswith((_OBJECTS[0], _JOURNAL[0], _ASIDE[0], _STATE)):
+            if raw != 1 or kind != "text" or not row.startswith((_OBJECTS[0], _JOURNAL[0], _ASIDE[0], _STATE, *_AT_WORK)):
                 yield f"row {row!r} is none of this store's"
             elif not row.startswith(_ASIDE[0]):
                 try:

@@ -52,7 +52,8 @@ LEVELS = {
     "provenance": 3.5,
     "watch": 4.5,
     "decide": 3,
-    "serving": 3,  # the requests of one call
+    "leases": 3.5,  # what a live process is computing
+    "serving": 4,  # the requests of one call
     "frame": 3,
     "journal": 3,
     "schema": 3,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def loglikelihood(
         results = score_rows(cache, model, rows, scoring)
     except UncacheableError as error:
         alone = probe_rows(lazy.awake(model), scoring) != TOGETHER
-        made = dict(_compute(model, rows, scoring, alone, range(len(rows))))
+        made = dict(_Scorer.of(model, rows, scoring, alone, range(len(rows))).compute(range(len(rows))))
         results = [made[place] for place in range(len(rows))]
         if cache is not None:
             seconds = sum(result.cost.seconds for result in results if result.cost)
@@ -171,7 +171,9 @@ def _serve(
         for context, continuation in rows
     ]
 
-    def compute(missing: Sequence[int]) -> Iterator[tuple[int, Result]]:
+    scorers: list[_Scorer] = []
+
+    def portions(missing: list[int]) -> list[list[int]]:
         seam.wake(model, watch, manifest)
         live = lazy.awake(model)
         parts = ["scoring", manifest.root.value, environment.keyed.digest.value]
@@ -182,14 +184,20 @@ def _serve(
         if alone and not scoring.alone:
             raise UncacheableError("unsupported", "rows of this model depend on each other")
         scoring.announce(len(rows) - len(missing), len(missing))
-        announced.append(True)
-        return _compute(live, rows, scoring, alone, missing, exact=name if scoring.softmax_dtype is None else "")
+        exact = name if scoring.softmax_dtype is None else ""
+        scorer = _Scorer.of(live, rows, scoring, alone, missing, exact)
+        scorers.append(scorer)
+        return scorer.portions(missing)
 
-    announced: list[bool] = []
+    def compute(mine: Sequence[int]) -> Iterator[tuple[int, Result]]:
+        return scorers[0].compute(mine)
+
     whole = seam.cache.match == "strict"
-    results = seam.cache.serve(watch, actions, compute, client=client, labels=labels, all_or_none=whole)
-    if not announced:
+    results = seam.cache.serve(watch, actions, compute, client=client, labels=labels, all_or_none=whole, portions=portions)
+    if not scorers:
         scoring.announce(len(rows), 0)
+    elif rest := scorers[0].waiting:
+        scoring.tick(rest)  # another process has computed them
     return results
 
 
@@ -250,27 +258,83 @@ def probe_rows(model: Any, scoring: Scoring) -> str:
     return ALONE if apart else TOGETHER
 
 
-def _compute(
-    model: Any, rows: Sequence[Row], scoring: Scoring, alone: bool, missing: Sequence[int], exact: str = ""
-) -> Iterator[tuple[int, Result]]:
-    """Args: exact: the dtype that the logits were taken to have."""
-    model = lazy.awake(model)
-    shared: dict[tuple[int, ...], list[int]] = {}
-    for place in missing:
-        context, continuation = rows[place]
-        shared.setdefault(tuple(context + continuation[:-1]), []).append(place)
-    # Longest first: a batch that does not fit in memory fails at once and not after hours.
-    inputs = list(shared) if alone else sorted(shared, key=len, reverse=True)
-    most = 1 if alone else scoring.batch_rows(inputs) if scoring.batch_rows is not None else 0
-    start = 0
-    while start < len(inputs):
-        count = most or max(1, scoring.batch_tokens // len(inputs[start]))
-        batch = inputs[start : start + count]
-        start += count
-        places = [shared[one] for one in batch]
-        made = _score_batch(model, rows, scoring, batch, places, exact)
-        scoring.tick(len(made))
-        yield from made
+_Batch = dict[tuple[int, ...], list[int]]
+"""Inputs that share a forward, each with the places of the rows that it answers."""
+
+
+@dataclass(slots=True)
+class _Scorer:
+    """Scores rows in length-sorted batches; the same places are always split into the same batches.
+
+    Args:
+        most: rows of one batch; 0 means that its padded tokens count. waiting: how many were announced and are not done yet.
+        exact: the dtype that the logits were taken to have.
+    """
+
+    model: Any
+    rows: Sequence[Row]
+    scoring: Scoring
+    alone: bool
+    most: int
+    waiting: int
+    exact: str
+    _planned: dict[int, tuple[list[int], _Batch]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: Any, rows: Sequence[Row], scoring: Scoring, alone: bool, missing: Sequence[int], exact: str = ""
+    ) -> _Scorer:
+        scorer = cls(lazy.awake(model), rows, scoring, alone, 1 if alone else 0, len(missing), exact)
+        if not alone and scoring.batch_rows is not None:
+            scorer.most = scoring.batch_rows(list(scorer._inputs(missing)))
+        return scorer
+
+    def _inputs(self, places: Sequence[int]) -> _Batch:
+        """Longest first: a batch that does not fit in memory fails at once and not after hours."""
+        shared: _Batch = {}
+        for place in places:
+            context, continuation = self.rows[place]
+            shared.setdefault(tuple(context + continuation[:-1]), []).append(place)
+        if self.alone:
+            return shared
+        return {ids: shared[ids] for ids in sorted(shared, key=len, reverse=True)}
+
+    def plan(self, places: Sequence[int]) -> list[_Batch]:
+        """Split places into batches."""
+        shared = self._inputs(places)
+        inputs = list(shared)
+        batches, start = [], 0
+        while start < len(inputs):
+            count = self.most or max(1, self.scoring.batch_tokens // len(inputs[start]))
+            batches.append({ids: shared[ids] for ids in inputs[start : start + count]})
+            start += count
+        return batches
+
+    def portions(self, places: Sequence[int]) -> list[list[int]]:
+        """The places of each batch."""
+        batches = self.plan(places)
+        portions = [[place for mine in batch.values() for place in mine] for batch in batches]
+        self._planned = {mine[0]: (mine, batch) for mine, batch in zip(portions, batches, strict=True)}
+        return portions
+
+    def _batches(self, places: Sequence[int]) -> list[_Batch]:
+        """Whole portions as they were planned; others anew, so that what is left of several fills one batch."""
+        batches, start = [], 0
+        while start < len(places):
+            mine, batch = self._planned.get(places[start], ([], {}))
+            if not mine or mine != places[start : start + len(mine)]:
+                return self.plan(places)
+            batches.append(batch)
+            start += len(mine)
+        return batches
+
+    def compute(self, places: Sequence[int]) -> Iterator[tuple[int, Result]]:
+        """Score rows, batch by batch."""
+        for batch in self._batches(places):
+            made = _score_batch(self.model, self.rows, self.scoring, list(batch), list(batch.values()), self.exact)
+            self.waiting -= len(made)
+            self.scoring.tick(len(made))
+            yield from made
 
 
 @torch.no_grad()
