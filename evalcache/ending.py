@@ -8,7 +8,7 @@ no trace and counts as ``ok`` with an unknown code. A supervising parent would k
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _bare_exit = sys.exit
@@ -31,6 +31,43 @@ def unwatch_exit() -> None:
     """Put `sys.exit` back, unless somebody else has replaced it since."""
     if sys.exit is _noting_exit:
         sys.exit = _bare_exit
+
+
+def end_with_server(server: type, close: Callable[[int], None]) -> Callable[[], None]:
+    """See to it that ``close(signal number)`` is called before a uvicorn server that was told to stop ends its process.
+
+    uvicorn shuts down in peace, and then sends itself the signal once more: by its default that ends Python on the spot, and no
+    ``atexit`` function runs. A signal handler of our own was rejected: what computes would have to end first, and who sends
+    SIGTERM means it.
+
+    Args:
+        server: ``uvicorn.Server``.
+
+    Returns:
+        What puts everything back.
+    """
+    import contextlib  # here, for a Python that starts needs none of these
+    import functools
+    import signal
+
+    original = vars(server)["capture_signals"]
+
+    @contextlib.contextmanager
+    def capturing(self: Any) -> Iterator[None]:
+        at_once = {number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_DFL}
+        with original(self):
+            yield
+            # It may hold others that are none of the process's end.
+            if deadly := [number for number in getattr(self, "_captured_signals", ()) if number in at_once]:
+                close(int(deadly[-1]))
+
+    def put_back() -> None:
+        if vars(server).get("capture_signals") is ours:
+            server.capture_signals = original  # type: ignore[attr-defined]
+
+    ours = functools.wraps(original)(capturing)
+    server.capture_signals = ours  # type: ignore[attr-defined]
+    return put_back
 
 
 def how_it_ended() -> tuple[str, int | None]:

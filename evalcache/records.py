@@ -36,7 +36,7 @@ UNCACHEABLE_REASONS: Mapping[str, str] = MappingProxyType(
         "patched": "a method or function is not where its class or module says",
         "processor": "a logits processor or prefix function is unknown",
         "sharded": "this process sees one shard of the model only",
-        "streamer": "a streamer watches the tokens as they are made",
+        "streamer": "a streamer that is not known watches the tokens as they are made, or several rows are streamed at once",
         "threads": "sampled calls from several threads share one generator",
         "too_large": "the result is larger than one entry may be",
         "training": "the model is in training mode",

@@ -16,11 +16,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from evalcache.ending import how_it_ended, unwatch_exit, watch_exit
+from evalcache.ending import end_with_server, how_it_ended, unwatch_exit, watch_exit
 from evalcache.importhook import ImportHook
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     import torch
@@ -42,6 +42,9 @@ CLIENTS = {
 }
 """Eval clients with an adapter of their own (``integrations/<name>.py``), and the modules after whose import it is installed."""
 
+SERVERS = ("uvicorn.server",)
+"""Modules of servers that end their process by a signal (`transformers serve` runs in one)."""
+
 _current: Session | None = None
 
 
@@ -61,9 +64,11 @@ class Session:
         self._installed = False
         self._pid = os.getpid()
         self._clients: list[str] = []
+        self._unwatch_server: Callable[[], None] = lambda: None
         self._hooks = (
             ImportHook(TRIGGERS, self._install),
             ImportHook(LATECOMERS, self._install_again),
+            ImportHook(SERVERS, self._watch_server),
             *(ImportHook(modules, functools.partial(self._install_client, name)) for name, modules in CLIENTS.items()),
         )
 
@@ -110,6 +115,7 @@ class Session:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        self._unwatch_server()
         for name in self._clients:
             importlib.import_module(f"evalcache.integrations.{name}").uninstall()
         if self._installed:
@@ -149,6 +155,11 @@ class Session:
     def _install_again(self) -> None:
         if self._installed:
             self._install()
+
+    def _watch_server(self) -> None:
+        server = getattr(sys.modules.get(SERVERS[0]), "Server", None)
+        if "capture_signals" in vars(server or object):
+            self._unwatch_server = end_with_server(server, lambda number: self.close("interrupted", 128 + number))
 
     def _install_client(self, name: str) -> None:
         """Hold on to an eval client, whose module has just been imported."""

@@ -31,6 +31,10 @@ WORDS = train_tokenizer()
 BATCH = prompts()
 
 
+class Watching(TextStreamer):
+    """A user's own streamer."""
+
+
 class Favour(LogitsProcessor):
     """A user's own processor."""
 
@@ -191,9 +195,9 @@ CALLS: dict[tuple[str, str], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: build("llama"),
         lambda model: greedy(model, prefix_allowed_tokens_fn=lambda row, ids: [5, 6, 7, 8]),
     ),
-    ("streamer", "text as it is made"): (
+    ("streamer", "one's own"): (
         lambda: build("llama"),
-        lambda model: model.generate(**ONE, streamer=TextStreamer(WORDS), max_new_tokens=4, do_sample=False),
+        lambda model: model.generate(**ONE, streamer=Watching(WORDS), max_new_tokens=4, do_sample=False),
     ),
     ("training", "training mode"): (lambda: build("llama").train(), greedy),
     ("unhashable", "an attribute of unknown content"): (strange_attribute, greedy),

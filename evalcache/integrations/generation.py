@@ -21,6 +21,7 @@ import torch
 from evalcache.canonical import digest_canonical
 from evalcache.digest import digest_bytes
 from evalcache.errors import CanonicalError, EvalCacheError, UncacheableError
+from evalcache.integrations import streaming
 from evalcache.integrations.generators import generator_states
 from evalcache.integrations.processors import describe_criteria, describe_processors, tokenizer_digest
 from evalcache.integrations.settings import effective_settings, fill_id, reads_padding
@@ -203,6 +204,7 @@ def _resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     if plain:
         settings["arguments"] = plain
 
+    streaming.refuse_several(arguments.get("streamer"), ids.shape[0] * (config.num_return_sequences or 1), config.num_beams or 1)
     ends = config._eos_token_tensor
     samples = bool(config.do_sample) or traits.draws
     beams = (config.num_beams or 1) > 1  # whose indices come back with a dict
@@ -241,8 +243,7 @@ def _resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
 
 
 def _refuse(given: Mapping[str, Any]) -> None:
-    if given.get("streamer") is not None:
-        raise UncacheableError("streamer")
+    streaming.refuse_unknown(given.get("streamer"))
     if given.get("assistant_model") is not None or given.get("assistant_tokenizer") is not None:
         raise UncacheableError("assistant")
     if given.get("prefix_allowed_tokens_fn") is not None:

@@ -63,6 +63,8 @@ class LazyModel:
             found = sleep.answer(self, name)
             if found is not _UNKNOWN:
                 return found
+            if sleep.lacks(name):
+                raise AttributeError(f"{sleep.cls.__name__!r} object has no attribute {name!r}")
         return getattr(sleep.wake(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -129,6 +131,12 @@ class Sleep:
         value = _UNKNOWN if name in _OF_INSTANCES else getattr(self.cls, name, _UNKNOWN)
         plain = value is None or isinstance(value, (bool, int, float, str, tuple, list, frozenset, set, dict))
         return value if plain else _UNKNOWN
+
+    def lacks(self, name: str) -> bool:
+        """Whether the model is sure to have no such attribute: asking for it (``hasattr``) needs no weights either."""
+        names = self._record.get("names")
+        ours = getattr(self.cls, "__getattr__", None) is torch.nn.Module.__getattr__
+        return names is not None and ours and name not in names and not hasattr(self.cls, name)
 
     def _count(self, *args: Any, **kwargs: Any) -> int:
         """``num_parameters()``: as its fingerprint says, unless weights are packed."""

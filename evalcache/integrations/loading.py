@@ -198,6 +198,7 @@ class _Checkpoint:
                 "root": manifest.root.value,
                 "classes": classes,
                 "code": library_digests(classes),
+                "names": sorted({*vars(model), *model._parameters, *model._buffers, *model._modules}),
                 "config": _changes(config, model.config),
                 "generation": {n: v for n, v in model.generation_config.to_dict().items() if v is not None}
                 if model.can_generate()

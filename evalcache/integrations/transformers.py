@@ -24,7 +24,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
 from evalcache.errors import UncacheableError
-from evalcache.integrations import generation, lazy, loading, outputs
+from evalcache.integrations import generation, lazy, loading, outputs, streaming
 from evalcache.integrations.enginelogs import Told, buffered_logs
 from evalcache.integrations.generation import Call, Traits
 from evalcache.integrations.probe import probe
@@ -290,6 +290,7 @@ class Seam:
         if not computed:
             told.repeat()
             generation.warn_as_computed(call, outputs.sequences(output).shape[1])
+            streaming.replay(arguments.get("streamer"), call.prefix, outputs.sequences(output))
         return output
 
     def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: Sequence[int]) -> tuple[Any, list[Result]]:
