@@ -84,6 +84,18 @@ def how_it_ended() -> tuple[str, int | None]:
     return "ok", None
 
 
+def stay_interrupted() -> None:
+    """Have Python end as it does after a Ctrl-C, killed by SIGINT, although something ran since.
+
+    Python remembers that the *last* code which it ran from source ended in KeyboardInterrupt, and a module that is imported while
+    we say our line (a dataclass is made by `exec`) makes it forget.
+    """
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        return
+
+
 def _noting_exit(status: Any = None, /) -> None:
     import threading  # here, for a Python that starts needs it only now
 

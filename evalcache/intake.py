@@ -21,6 +21,7 @@ from evalcache.frame import Question, decode_entry, decode_question
 from evalcache.journal import Event, ModelSeen, Stored
 from evalcache.manifest import Manifest
 from evalcache.records import Entry
+from evalcache.schema import literal, quoted
 from evalcache.tables import COLUMNS, Row, event_rows, model_rows, output_row, render_json, request_row
 
 _FLUSH_ROWS = 20_000
@@ -52,6 +53,18 @@ class JournalSource(Protocol):
     def frames(self) -> Iterator[tuple[Digest, bytes]]: ...
 
 
+def execute(connection: Connection, sql: str, params: Sequence[Any] = ()) -> Any:
+    """Run one statement of ours with values for its question marks, of which it has none elsewhere.
+
+    They are written into it, because DuckDB imports pandas, where that is installed, to see whether a *bound* value is one of its
+    kinds: half a second at the end of each run. (A prepared statement cannot create a table.)
+    """
+    parts = sql.split("?")
+    if len(parts) != len(params) + 1:
+        return connection.execute(sql, list(params))
+    return connection.execute(parts[0] + "".join(literal(value) + part for value, part in zip(params, parts[1:], strict=True)))
+
+
 class Intake:
     """Rows on their way into the tables, within one transaction."""
 
@@ -70,7 +83,7 @@ class Intake:
 
     def last_seq(self, store_id: str) -> int:
         """How far this store's journal has been taken in."""
-        found = self._connection.execute("SELECT max(last_seq) FROM synced WHERE store = ?", [store_id]).fetchall()
+        found = execute(self._connection, "SELECT max(last_seq) FROM synced WHERE store = ?", [store_id]).fetchall()
         return found[0][0] or 0
 
     def take(self, store_id: str, seq: int, event: Event) -> None:
@@ -173,7 +186,7 @@ class Intake:
             known = self._told.get((table, client, task))
             if known is None:
                 sql = f"SELECT {_ONCE[table]} FROM {table} WHERE client = ? AND task = ?"
-                known = self._told[table, client, task] = set(self._connection.execute(sql, [client, task]).fetchall())
+                known = self._told[table, client, task] = set(execute(self._connection, sql, [client, task]).fetchall())
             if tuple(identity) not in known:
                 known.add(tuple(identity))
                 new.append(row)
@@ -228,10 +241,10 @@ def insert_rows(connection: Connection, table: str, rows: list[Row]) -> None:
         selected.append(expression.format(f"r.{column}"))
         plain[column] = [_member(kind, value) for value in values]
     text = json.dumps([dict(zip(plain, row, strict=True)) for row in zip(*plain.values(), strict=True)])
+    given = f"from_json({quoted(text)}, '[{{{','.join(members)}}}]')"
     connection.execute(
         f"INSERT INTO ledger.{table} ({', '.join(COLUMNS[table])}) SELECT {', '.join(selected)} "
-        f"FROM (SELECT unnest(from_json(?, '[{{{','.join(members)}}}]'), recursive := true)) r{joins} ORDER BY r.row_",
-        [text],
+        f"FROM (SELECT unnest({given}, recursive := true)) r{joins} ORDER BY r.row_"
     )
     for column, kind in COLUMNS[table].items():
         if kind.endswith("[]"):

@@ -23,7 +23,7 @@ import duckdb
 import filelock
 
 from evalcache.errors import LedgerError, LedgerLockedError
-from evalcache.intake import Intake, JournalSource
+from evalcache.intake import Intake, JournalSource, execute
 from evalcache.schema import STEPS, VERSION, comments, quoted
 
 LOCK_TIMEOUT_S = 10.0
@@ -106,7 +106,7 @@ class Ledger:
                         intake.take_frames(store)
                     intake.finish()
                     if last > known:
-                        connection.execute("INSERT INTO synced VALUES (?, ?, make_timestamp(?))", [store_id, last, _now_us()])
+                        execute(connection, "INSERT INTO synced VALUES (?, ?, make_timestamp(?))", [store_id, last, _now_us()])
                 # DuckDB gives its log the usual mode, and it stays when this process is killed.
                 with contextlib.suppress(OSError):
                     Path(f"{self.path}.wal").chmod(0o600)
@@ -123,7 +123,8 @@ class Ledger:
     def rebuild(self, store: JournalSource, *, progress: Callable[[int, int], None] | None = None) -> SyncReport:
         """Add the requests, outputs, models and modules that the store has and the ledger lacks.
 
-        Runs and lookups cannot be rebuilt: the store forgets them once the ledger has them.
+        What only the journal told (runs, lookups, overheads, tasks, documents, scores) cannot be rebuilt: the store forgets it
+        once the ledger has it. Tasks and documents come back with the next run that tells them; scores do not.
 
         Args:
             progress: called with the number of entries looked at, twice: how many there are is not known before.
@@ -166,7 +167,7 @@ class Ledger:
 
                 def ask(sql: str, params: Sequence[Any] = ()) -> Table:
                     try:
-                        answer = connection.execute(sql, list(params))
+                        answer = execute(connection, sql, params)
                         names = tuple(column[0] for column in answer.description or ())
                         return Table(names, [tuple(map(_plain, row)) for row in answer.fetchall()] if names else [])
                     except (duckdb.Error, RuntimeError) as error:
@@ -268,7 +269,7 @@ class Ledger:
                 connection.execute(step)
                 for comment in comments(step):
                     connection.execute(comment)
-                connection.execute("INSERT INTO schema_version VALUES (?, make_timestamp(?))", [number, _now_us()])
+                execute(connection, "INSERT INTO schema_version VALUES (?, make_timestamp(?))", [number, _now_us()])
 
 
 @contextlib.contextmanager

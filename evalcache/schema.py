@@ -333,3 +333,10 @@ def comments(step: str) -> Iterator[str]:
 def quoted(text: str) -> str:
     """``text`` as an SQL literal, for the places that take no parameters."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def literal(value: str | int | float | None) -> str:
+    """A value as an SQL literal; SQL's text cannot hold the sign NUL."""
+    if isinstance(value, str):
+        return f"({' || chr(0) || '.join(map(quoted, value.split(chr(0))))})"
+    return "NULL" if value is None else repr(value)

@@ -16,7 +16,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from evalcache.ending import end_with_server, how_it_ended, unwatch_exit, watch_exit
+from evalcache.ending import end_with_server, how_it_ended, stay_interrupted, unwatch_exit, watch_exit
 from evalcache.importhook import ImportHook
 
 if TYPE_CHECKING:
@@ -323,7 +323,10 @@ def _end(session: Session, status: str, exit_code: int | None) -> None:
 
 
 def _at_exit(session: Session) -> None:
-    session.close(*how_it_ended())
+    status, code = how_it_ended()
+    session.close(status, code)
+    if status == "interrupted":
+        stay_interrupted()
 
 
 def _progress(session: Session) -> int:

@@ -775,3 +775,22 @@ def test_tokens_of_many_lengths_stay_in_order(pair: tuple[Store, Ledger]) -> Non
     assert [kept[key.hex] for key in keys] == prompts
     assert ledger.query("SELECT key, token_ids FROM outputs ORDER BY key").rows == sorted(kept.items())
     assert pack_tokens(kept[keys[300].hex]) == pack_tokens(prompts[300])
+
+
+def test_questions_and_syncs_do_not_import_pandas(tmp_path: Path) -> None:
+    """DuckDB does, for each value that is bound: half a second, where somebody has it installed."""
+    pytest.importorskip("pandas")
+    code = """
+import sys
+from evalcache.cache import Cache
+from evalcache.ledger import Ledger
+with_quote = "it's; DROP TABLE runs --"
+cache = Cache(sys.argv[1])
+cache.uncacheable("streamer", "a test", requests=2)
+cache.close()
+asked = Ledger(cache.ledger_path).query("SELECT ? AS text, ?, ? FROM runs", [with_quote, 3, None])
+assert asked.rows == [(with_quote, 3, None)], asked.rows
+print(sorted({"pandas", "pyarrow", "polars"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
