@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import evalcache.leases as module
+import evalcache.serving as serving
 from evalcache.cache import Cache
 from evalcache.digest import digest_bytes
 from evalcache.errors import EvalCacheWarning
@@ -322,6 +323,30 @@ def test_a_forked_child_is_another_worker(rows):
     assert os.waitpid(child, 0)[1] == 0
     assert mine.others() is False
     assert rows.count("lease/", "lease0") == 4  # the child has given up its own only
+
+
+@pytest.mark.parametrize("patience_s", [0.5, 600.0])
+def test_one_that_lives_and_brings_nothing_is_waited_for_within_bounds(tmp_path, monkeypatch, patience_s):
+    monkeypatch.setattr(serving, "_PATIENCE_S", (0.1, patience_s))
+    monkeypatch.setattr(module, "LEASE_S", 1.5)
+    cache, engine = Cache(tmp_path), Engine(0.01)
+    keys = []
+    with monkeypatch.context() as patch:  # the keys, as the cache makes them
+        patch.setattr(cache.store.leases, "claim", lambda asked: keys.extend(asked) or set(asked))
+        engine.serve(cache, [1, 2, 3])
+    cache.close()
+    cache, again = Cache(tmp_path / "other"), Engine(0.01)
+    with Store(tmp_path / "other" / "store") as store:
+        hung = another(store._rows)
+        assert hung.claim(keys) == set(keys)
+        began = time.monotonic()
+        assert again.serve(cache, [1, 2, 3]) == [2, 3, 4]
+        took_s = time.monotonic() - began
+    assert again.asked == [1, 2, 3]
+    # Here it ends with its lease, which nobody renews, if not before that with our patience.
+    assert took_s > min(patience_s, 1.5) - 0.1 and (took_s < 1.3 or patience_s > 1)
+    assert cache.counts.overhead["lookup"] > 0.3
+    cache.close()
 
 
 # --- a process that is alone ---------------------------------------------------------------------------------------------
