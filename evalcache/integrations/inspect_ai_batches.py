@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from transformers.generation.stopping_criteria import StoppingCriteria, StopStri
 from transformers.generation.utils import GenerationMixin
 
 from evalcache.cache import Cache
+from evalcache.canonical import digest_canonical
 from evalcache.code import unwrap_ours
+from evalcache.digest import Digest
 from evalcache.environment import device_name
-from evalcache.errors import UncacheableError
+from evalcache.errors import CanonicalError, UncacheableError
 from evalcache.integrations import generation, lazy
 from evalcache.integrations.generation import Call
 from evalcache.integrations.outputs import assemble_rows, row_results, sequences
@@ -78,6 +81,17 @@ def model_of(generator: Any) -> Any:
     return model if found is not None and unwrap_ours(found) is unwrap_ours(own) else None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kind:
+    """What all requests with the same settings have in common."""
+
+    settings: Fields
+    fill_id: int
+
+
+_kinds: dict[Digest, _Kind] = {}
+
+
 def encode_one(asked: Asked, seam: Seam, manifest: Manifest, environment: Environment) -> Row:
     """How a request is keyed, whatever batch it will be in.
 
@@ -89,6 +103,39 @@ def encode_one(asked: Asked, seam: Seam, manifest: Manifest, environment: Enviro
         raise UncacheableError("unsupported", "an answer whose length depends on the width of its batch")
     encoded = asked.input.tokenizer([asked.input.input])
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    kept = ids[mask != 0]
+    if not len(kept):
+        raise UncacheableError("unsupported", "an empty prompt")
+    # Settings are resolved once and not for each prompt: that takes longer than all the rest.
+    try:
+        known = [
+            manifest.root.value,
+            environment.keyed.digest.value,
+            given,
+            asked.model.generation_config.to_dict(),
+            [] if stops is None else [list(stops.stop_strings), _digest_of(asked.input.tokenizer)],
+        ]
+        name = digest_canonical(known)
+    except (CanonicalError, AttributeError) as error:
+        raise UncacheableError("argument", str(error)) from error
+    kind = _kinds.get(name)
+    if kind is None:
+        kind = _kinds[name] = _resolve_kind(asked, given, stops, seam, manifest, environment, ids, mask)
+    if asked.input.decoder(sequences=[[kind.fill_id]]) != [""]:
+        raise UncacheableError("unsupported", "padding of a batch shows in the texts of its rows")
+    return Row(Request("generate", pack_tokens(kept.numpy()), kind.settings), len(kept))
+
+
+def _resolve_kind(
+    asked: Asked,
+    given: dict[str, Any],
+    stops: StopStringCriteria | None,
+    seam: Seam,
+    manifest: Manifest,
+    environment: Environment,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+) -> _Kind:
     # As it may stand in a batch: beside another row, with padding before it.
     ids, mask = (torch.nn.functional.pad(tensor, (1, 0)).expand(2, -1).contiguous() for tensor in (ids, mask))
     arguments = generation.bind((), given | {"input_ids": ids, "attention_mask": mask})
@@ -96,9 +143,7 @@ def encode_one(asked: Asked, seam: Seam, manifest: Manifest, environment: Enviro
     request = _requests(call, stops, asked.input.tokenizer)[0]
     if request.inputs or request.settings["min_new_tokens"]:
         raise UncacheableError("unsupported", "a row that depends on the width of its batch")
-    if asked.input.decoder(sequences=[[call.fill_id]]) != [""]:
-        raise UncacheableError("unsupported", "padding of a batch shows in the texts of its rows")
-    return Row(request, len(request.tokens) // 4)
+    return _Kind(request.settings, call.fill_id)
 
 
 def serve_batch(
@@ -138,15 +183,17 @@ class _Batch:
         environment = Environment(environment.keyed, recorded)
         actions = [Action(manifest.root, request, environment) for request in requests]
         labels = Labels([one.task if one else "" for one in self.asked], [one.document if one else "" for one in self.asked])
-        output, missing = None, []
+        output, computed, batches = None, [], 0
         with self.cache.serving(watch, actions, client=CLIENT, labels=labels) as serving:
-            if missing := serving.missing:
+            # As one batch, at its own width; without what another process computes right now.
+            for missing in serving.claims([serving.missing]):
                 self.seam.wake(self.model, watch, manifest)
                 output = self._compute(call, missing, serving)
-        for place in set(range(len(actions))) - set(missing):
+                computed, batches = [*computed, *missing], batches + 1
+        for place in set(range(len(actions))) - set(computed):
             if (one := self.asked[place]) is not None:
                 one.served = True
-        if len(missing) == len(actions):
+        if batches == 1 and len(computed) == len(actions):
             return output  # everything was computed: what the engine returned, untouched
         return assemble_rows(call, serving.results())
 
@@ -219,7 +266,7 @@ def _requests(call: Call, stops: StopStringCriteria | None, tokenizer: Any) -> l
     if not call.end_ids:
         raise UncacheableError("criterion", "stop strings without an end id: a row goes on until its neighbours are done")
     # As transformers has them where they are given as `stop_strings`, which makes the same criterion of them.
-    known = {"stop_strings": [str(one) for one in stops.stop_strings], "tokenizer": tokenizer_digest(_tokenizer(tokenizer))}
+    known = {"stop_strings": [str(one) for one in stops.stop_strings], "tokenizer": _digest_of(tokenizer)}
     settings = Fields(dict(call.requests[0].settings) | known)
     return [dataclasses.replace(request, settings=settings) for request in call.requests]
 
@@ -234,8 +281,17 @@ def _without_stops(keywords: dict[str, Any]) -> tuple[dict[str, Any], StopString
     return given, criteria[0]
 
 
-def _tokenizer(tokenizer: Any) -> Any:
-    return getattr(tokenizer, "func", tokenizer)
+_digests: weakref.WeakKeyDictionary[Any, tuple[int, bytes]] = weakref.WeakKeyDictionary()
+
+
+def _digest_of(tokenizer: Any) -> bytes:
+    """Digest of the provider's tokenizer, read again when it has grown: a large one takes a tenth of a second."""
+    tokenizer = getattr(tokenizer, "func", tokenizer)
+    size = len(tokenizer)
+    known = _digests.get(tokenizer)
+    if known is None or known[0] != size:
+        known = _digests[tokenizer] = (size, tokenizer_digest(tokenizer))
+    return known[1]
 
 
 def _bare(model: Any) -> Any:
