@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -29,6 +30,9 @@ _FLUSH_BYTES = 64 << 20
 _ONCE = {"tasks": "version, settings::VARCHAR", "documents": "document, replace(digest::VARCHAR, '-', '')"}
 """Tables whose rows are told again by every run → what, after client and task, makes a row of it the same one."""
 _READ_KEYS = 256  # entries in memory at once: some hold tensors
+
+
+_PLACE = re.compile(r"\?|\$(\d+)")
 
 
 class Connection(Protocol):
@@ -54,15 +58,19 @@ class JournalSource(Protocol):
 
 
 def execute(connection: Connection, sql: str, params: Sequence[Any] = ()) -> Any:
-    """Run one statement of ours with values for its question marks, of which it has none elsewhere.
+    """Run one statement of ours with values for its ``?`` or ``$1``, of which it has none elsewhere.
 
     They are written into it, because DuckDB imports pandas, where that is installed, to see whether a *bound* value is one of its
     kinds: half a second at the end of each run. (A prepared statement cannot create a table.)
     """
-    parts = sql.split("?")
-    if len(parts) != len(params) + 1:
-        return connection.execute(sql, list(params))
-    return connection.execute(parts[0] + "".join(literal(value) + part for value, part in zip(params, parts[1:], strict=True)))
+    if not params:
+        return connection.execute(sql)
+    following = iter(params)
+
+    def write(found: re.Match[str]) -> str:
+        return literal(params[int(found[1]) - 1] if found[1] else next(following))
+
+    return connection.execute(_PLACE.sub(write, sql))
 
 
 class Intake:

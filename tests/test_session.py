@@ -165,8 +165,10 @@ def test_a_real_model_is_met_whenever_transformers_is_imported(tmp_path, store_f
         assert cold.tolist() == bare.tolist() == warm.tolist()
         raise KeyboardInterrupt
     """
+    # -SIGINT, unless something of torch's own that runs at the exit makes Python forget how it ended.
+    bare = python("from transformers.generation.utils import GenerationMixin\nraise KeyboardInterrupt", tmp_path)
     done = python(code, tmp_path)
-    assert done.returncode == -signal.SIGINT, done.stderr
+    assert done.returncode == bare.returncode, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("evalcache")]
     assert len(said) == 2, done.stderr
     assert said[0].startswith("evalcache: 0 hits, 4 misses, 0 uncacheable, ")
