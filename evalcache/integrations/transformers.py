@@ -332,7 +332,7 @@ class Seam:
     def _find_traits(self, inner: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment) -> Traits:
         def ask() -> list[bool]:
             with buffered_logs():
-                found = probe(inner, functools.partial(original))
+                found = probe(unwrap(lazy.awake(inner)), functools.partial(original))
             return [found.rows, found.left, found.right, found.draws]
 
         return Traits(*self.once([manifest.root.value, environment.keyed.digest.value], ask))
