@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import queue
 import threading
 import time
 import weakref
@@ -32,6 +33,7 @@ from evalcache.serving import Labels, Serving
 
 # Its own logger. At `debug`, because whatever is said louder becomes an event of the sample in whose context it is said.
 _log = logging.getLogger("inspect_ai.evalcache")
+_PAUSE_S = 0.05  # between two attempts to look at a model that computes
 _patches = Patches()
 _adapter: Adapter | None = None
 
@@ -107,10 +109,10 @@ def _mark_as_read() -> None:
     from inspect_ai.log import _samples
     from inspect_ai.util import _concurrency
 
-    event = _samples._active_model_event.get()
-    if event is not None:
-        event.cache = "read"
-    _concurrency._request_was_cache_hit.set(True)
+    with contextlib.suppress(AttributeError):  # private names: another version may mark otherwise
+        if (event := _samples._active_model_event.get()) is not None:
+            event.cache = "read"
+        _concurrency._request_was_cache_hit.set(True)
 
 
 class Adapter:
@@ -125,7 +127,7 @@ class Adapter:
         self.cache.client = (CLIENT, version_of_client(INSPECT_AI))
         self._only = only
         self._own = Seam(cache)
-        self._waiting: list[Asked] = []
+        self._waiting: queue.SimpleQueue[Asked] = queue.SimpleQueue()
         self._looking = threading.Lock()
         # A fast tokenizer refuses to be set up by one thread while another one uses it.
         self._encoding = threading.RLock()
@@ -151,36 +153,54 @@ class Adapter:
     async def look_up(self, one: Asked) -> None:
         """Look a request up, together with those that wait to be looked up: a model is checked once for all of them.
 
-        In a thread: reading a model's weights, or waiting until a batch has been computed, must not hold up the event loop.
+        In a thread: reading a model's weights must not hold up the event loop.
         """
         # Draws belong to the whole batch and its generator; under strict matching, every row belongs to its batch.
         if one.input.generator.keywords.get("do_sample") or self.cache.match == "strict":
             return
+        import anyio
         import anyio.to_thread
 
-        self._waiting.append(one)
-        await anyio.to_thread.run_sync(self._look_up_waiting)
+        self._waiting.put(one)
+        # Again and again where its model is busy with a batch: a request that is given up must not wait for that.
+        while not await anyio.to_thread.run_sync(self._look_up_waiting, one):
+            await anyio.sleep(_PAUSE_S)
 
-    def _look_up_waiting(self) -> None:
+    def _look_up_waiting(self, one: Asked) -> bool:
+        """Look up what waits and can be looked up now; says whether ``one`` has been."""
         with self._looking:
-            taken, self._waiting = self._waiting, []
+            if one.looked_up:
+                return True
             groups: dict[int, list[Asked]] = {}
-            for one in taken:
-                groups.setdefault(id(one.model), []).append(one)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    asked = self._waiting.get_nowait()
+                    groups.setdefault(id(asked.model), []).append(asked)
             for members in groups.values():
                 try:
-                    self._look_up_of_one_model(members)
+                    done = self._look_up_of_one_model(members)
                 except UncacheableError:
-                    pass  # counted where it is computed
+                    done = True  # counted where it is computed
                 except Exception as error:  # it runs as if it were not stored
                     self.cache.warn(f"requests are not looked up: {type(error).__name__}: {error}")
+                    done = True
+                for asked in members:
+                    asked.looked_up = done
+                    if not done:
+                        self._waiting.put(asked)
+            return one.looked_up
 
-    def _look_up_of_one_model(self, asked: list[Asked]) -> None:
+    def _look_up_of_one_model(self, asked: list[Asked]) -> bool:
+        """False where the model computes a batch: nothing has been done."""
         began = time.perf_counter()
         model = asked[0].model
         seam = self._seam()
         watch = seam.watch(model)
-        with watch.lock, not_again():
+        if not watch.lock.acquire(blocking=False):
+            return False
+        with contextlib.ExitStack() as held:
+            held.callback(watch.lock.release)
+            held.enter_context(not_again())
             manifest, environment = seam.look(model, watch)
             keyed = []
             for one in asked:
@@ -202,6 +222,7 @@ class Adapter:
         for one in found:
             one.output.time = (time.perf_counter() - began) / len(found)
         _log.debug(f"evalcache: generate {len(found)}/{len(asked)} stored, {len(asked) - len(found)} to run")
+        return True
 
     def _take_hits(self, watch: Any, keyed: list[tuple[Asked, Action]]) -> None:
         """Answers from the store; of what is missing nothing is told, it will be asked for again by its batch."""

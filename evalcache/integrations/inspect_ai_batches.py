@@ -52,7 +52,7 @@ class Asked:
     Args:
         input: the provider's own record of it. task, document: of the sample in which it is asked.
         output: the provider's record of the answer, where it was stored; error: what to raise instead.
-        served: whether the answer was not computed for it.
+        looked_up: whether that has been done. served: whether the answer was not computed for it.
     """
 
     input: Any
@@ -62,6 +62,7 @@ class Asked:
     row: Row | None = None
     output: Any = None
     error: BaseException | None = None
+    looked_up: bool = False
     served: bool = False
 
 
