@@ -26,6 +26,7 @@ from evalcache.integrations import lazy
 from evalcache.integrations.clients import LM_EVAL, version_of_client
 from evalcache.integrations.generation import Call
 from evalcache.integrations.generators import generator_states, restore_generators
+from evalcache.integrations.lm_eval_requests import Asked, Numbered, canonical_settings, read_request, refuse_mixtures
 from evalcache.integrations.outputs import row_results, to_array, to_tensor
 from evalcache.integrations.processors import tokenizer_digest
 from evalcache.integrations.timing import Stopwatch, measured, share
@@ -38,32 +39,6 @@ from evalcache.weights import tensor_bytes, unwrap
 
 _CHUNK = 128  # requests that are resolved together
 _log = logging.getLogger("lm_eval.evalcache")
-
-
-class _Numbered(str):
-    """A prompt that knows its place: the harness sorts its requests, and hands each prompt back with its answer."""
-
-    place: int
-
-    @classmethod
-    def of(cls, text: str, place: int) -> _Numbered:
-        numbered = cls(text)
-        numbered.place = place
-        return numbered
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Asked:
-    """One request: its settings as the harness reads them, what stops it, and whether the end id alone does."""
-
-    text: str
-    given: dict[str, Any]
-    kwargs: dict[str, Any]
-    until: tuple[str, ...]
-
-    @property
-    def sampled(self) -> bool:
-        return bool(self.kwargs.get("do_sample"))
 
 
 class Generations:
@@ -88,10 +63,10 @@ class Generations:
         Raises:
             UncacheableError: they cannot be keyed; nothing was computed.
         """
-        asked = [_read(lm, one) for one in requests]
+        asked = [read_request(lm, one) for one in requests]
         if not asked:
             return original(lm, requests, disable_tqdm)
-        _refuse_mixtures(asked)
+        refuse_mixtures(asked)
         seam = Seam.of(self.cache)
         watch = seam.watch(lm._model)
         texts: dict[int, str] = {}
@@ -119,7 +94,7 @@ class _Part:
     lm: Any
     original: Callable[..., Any]
     requests: Sequence[Any]
-    asked: Sequence[_Asked]
+    asked: Sequence[Asked]
     labels: Labels
     places: list[int]
     disable_tqdm: bool
@@ -139,7 +114,9 @@ class _Part:
             _log.info(f"evalcache: generate_until {len(actions) - len(missing)}/{len(actions)} stored, {len(missing)} to run")
             if missing:
                 seam.wake(self.lm._model, watch, manifest)
-                self._compute(missing, calls, serving)
+                with self._bar(len(missing)) as bar:
+                    for mine in serving.claims(self._batches(missing, calls)):
+                        self._compute(mine, calls, serving, bar)
         return {place: self._text(place, result) for place, result in zip(self.places, serving.results(), strict=True)}
 
     # --- keys ----------------------------------------------------------------------------------------------------------
@@ -149,7 +126,7 @@ class _Part:
         found: dict[int, tuple[Call, int]] = {}
         groups: dict[bytes, list[int]] = {}
         for place in self.places:
-            groups.setdefault(Fields(_canonical(self.asked[place].kwargs)).canonical, []).append(place)
+            groups.setdefault(Fields(canonical_settings(self.asked[place].kwargs)).canonical, []).append(place)
         for members in groups.values():
             for start in range(0, len(members), _CHUNK):
                 chunk = members[start : start + _CHUNK]
@@ -217,18 +194,18 @@ class _Part:
                 if not ends:
                     raise UncacheableError("criterion", f"the engine does not stop at {term!r}")
 
-    def _keyed(self, call: Call, row: int, one: _Asked) -> Request:
+    def _keyed(self, call: Call, row: int, one: Asked) -> Request:
         request = call.requests[row]
         if self._plain(call, one):
             return request
         return dataclasses.replace(request, kind="generate_until", settings=self._settings(request.settings, one))
 
-    def _plain(self, call: Call, one: _Asked) -> bool:
+    def _plain(self, call: Call, one: Asked) -> bool:
         """Whether the end id alone stops this request, so that any script's answer to it is the harness's too."""
         eos = self.lm.eot_token_id
         return eos in call.end_ids and one.until == (self.lm.tok_decode(eos, skip_special_tokens=False),)
 
-    def _settings(self, settings: Fields, one: _Asked) -> Fields:
+    def _settings(self, settings: Fields, one: Asked) -> Fields:
         known = self.__dict__.setdefault("_known", {})
         place = (id(settings), one.until)
         if place not in known:
@@ -243,14 +220,39 @@ class _Part:
 
     # --- computing -----------------------------------------------------------------------------------------------------
 
-    def _compute(self, missing: Sequence[int], calls: Sequence[tuple[Call, int]], serving: Serving) -> None:
+    def _batches(self, missing: Sequence[int], calls: Sequence[tuple[Call, int]]) -> list[list[int]]:
+        """The batches that the harness would make, in its order: other processes may take some of them over."""
+        if self.lm.batch_size == "auto":  # which is found out anew in each call of the harness
+            return [list(missing)]
+        groups: dict[bytes, list[int]] = {}
+        for position in missing:
+            groups.setdefault(Fields(canonical_settings(self._asked(position).kwargs)).canonical, []).append(position)
+
+        def order(position: int) -> tuple[int, str]:
+            call, row = calls[position]
+            return -int(call.mask[row].sum()), self._asked(position).text
+
+        size = int(self.lm.batch_size)
+        ordered = [sorted(members, key=order) for members in groups.values()]
+        return [members[start : start + size] for members in ordered for start in range(0, len(members), size)]
+
+    def _asked(self, position: int) -> Asked:
+        return self.asked[self.places[position]]
+
+    def _bar(self, total: int) -> Any:
+        """The harness's own bar, one for all batches."""
+        from lm_eval.models.huggingface import tqdm
+
+        disable = self.disable_tqdm or self.lm.rank != 0
+        return tqdm(total=total, disable=disable, desc="Running generate_until requests")
+
+    def _compute(self, missing: Sequence[int], calls: Sequence[tuple[Call, int]], serving: Serving, bar: Any) -> None:
         """Have the harness answer the missing requests, and take each answer as it comes."""
 
         def take(numbered: int, text: str, made: _Row) -> None:
             position = missing[numbered]
             call, _ = calls[position]
-            one = self.asked[self.places[position]]
-            plain = self._plain(call, one)
+            plain = self._plain(call, self._asked(position))
             serving.put(
                 position,
                 Result(
@@ -261,15 +263,16 @@ class _Part:
                     cost=made.cost,
                 ),
             )
+            bar.update(1)
 
-        self._run([self.places[position] for position in missing], take, calls[0][0])
+        self._run([self.places[position] for position in missing], take, calls[0][0], True)
 
-    def _run(self, places: Sequence[int], take: Callable[[int, str, _Row], None], call: Call) -> list[str]:
+    def _run(self, places: Sequence[int], take: Callable[[int, str, _Row], None], call: Call, disable_tqdm: bool) -> list[str]:
         """The harness's own ``generate_until`` over some of the requests; ``take`` is told of each answer."""
         lm = self.lm
         numbered = [
             dataclasses.replace(
-                self.requests[place], arguments=(_Numbered.of(self.asked[place].text, number), self.asked[place].given)
+                self.requests[place], arguments=(Numbered.of(self.asked[place].text, number), self.asked[place].given)
             )
             for number, place in enumerate(places)
         ]
@@ -291,7 +294,7 @@ class _Part:
         hook, lm.cache_hook = lm.cache_hook, Hook()
         lm._model_generate = watched
         try:
-            return self.original(lm, numbered, self.disable_tqdm)
+            return self.original(lm, numbered, disable_tqdm)
         finally:
             lm.cache_hook = hook
             del lm._model_generate
@@ -299,7 +302,7 @@ class _Part:
     def _text(self, place: int, result: Result) -> str:
         return result.text if result.text is not None else self._cut(unpack_tokens(result.tokens).tolist(), self.asked[place])
 
-    def _cut(self, tokens: list[int], one: _Asked) -> str:
+    def _cut(self, tokens: list[int], one: Asked) -> str:
         """The text of a row as the harness cuts it."""
         from lm_eval.models.utils import postprocess_generated_text
 
@@ -341,7 +344,7 @@ class _Part:
                 costs.append(made.cost)
                 tokens.extend(int(token) for token in made.tokens)
 
-            texts.extend(self._run(self.places, take, calls[0][0]))
+            texts.extend(self._run(self.places, take, calls[0][0], self.disable_tqdm))
             arrays = {f"generator.{place}": to_array(state) for place, state in enumerate(generator_states(device))}
             total = Cost(
                 sum(cost.seconds for cost in costs),
@@ -384,45 +387,6 @@ def _rows(call: Call, context: torch.Tensor, mask: torch.Tensor | None, output: 
         _Row(row, result.finish_reason if result.finish_reason == "stop" else None, cost)
         for row, result, cost in zip(tokens, results, costs, strict=True)
     ]
-
-
-def _read(lm: Any, instance: Any) -> _Asked:
-    """One of the harness's instances, its settings as the harness reads them."""
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
-    text, given = instance.args
-    if type(text) is not str or not isinstance(given, dict):
-        raise UncacheableError("argument", "a request that is not (text, settings)")
-    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, lm.max_gen_toks))
-    eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
-    until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-    if not all(type(term) is str for term in until):
-        raise UncacheableError("argument", "a stop string that is none")
-    return _Asked(text, given, kwargs, tuple(until))
-
-
-def _refuse_mixtures(asked: Sequence[_Asked]) -> None:
-    """The harness answers a group of requests by the settings of its first, and takes some for equal that are not.
-
-    Raises:
-        UncacheableError: there are such settings.
-    """
-    from lm_eval.models.utils import Collator
-
-    groups = Collator.group(list(enumerate(asked)), fn=lambda item: item[1].given, group_by="gen_kwargs")
-    for members in groups.values():
-        if len({Fields(_canonical(one.given)).canonical for _, one in members}) > 1:
-            raise UncacheableError("argument", "different generation settings that the harness takes for equal")
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _canonical(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise UncacheableError("argument", f"a generation setting of type {type(value).__name__}")
 
 
 def _bare_generate(model: Any) -> Callable[..., Any]:

@@ -297,7 +297,7 @@ class _Scorer:
             shared.setdefault(tuple(context + continuation[:-1]), []).append(place)
         if self.alone:
             return shared
-        return {ids: shared[ids] for ids in sorted(shared, key=len, reverse=True)}
+        return {ids: shared[ids] for ids in sorted(shared, key=lambda ids: (-len(ids), ids))}
 
     def plan(self, places: Sequence[int]) -> list[_Batch]:
         """Split places into batches."""
