@@ -150,6 +150,27 @@ def diff(left: str, right: str, directory: str | None, as_json: bool) -> int:
 
 
 @commands.command()
+@_asks_a_cache
+def doctor(directory: str | None, as_json: bool) -> int:
+    """Look for what is wrong: versions, clients, the cache folder, locks, disk. Exit code 1 if anything is.
+
+    Changes nothing, and needs neither a model nor a GPU.
+    """
+    from evalcache.doctor import examine, is_good, to_json
+    from evalcache.printing import print_json, print_table, visible
+
+    checks = examine(Place(directory).directory)
+    if as_json:
+        print_json(to_json(checks))
+    else:
+        print_table(("", "state", "found"), [(check.name, check.state, check.found) for check in checks])
+        for check in checks:
+            if check.hint:
+                print(visible(f"\n{check.state}: {check.name}: {check.found}\n  {check.hint}"))
+    return int(not is_good(checks))
+
+
+@commands.command()
 @click.option("--limit", default=20, show_default=True, help="Latest runs to show.")
 @_asks_a_cache
 def runs(limit: int, directory: str | None, as_json: bool) -> None:

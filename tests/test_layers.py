@@ -74,6 +74,7 @@ LEVELS = {
     "sources": 6.5,  # whose answers they are
     "session": 7,
     "engine": 7.5,  # the loop itself
+    "doctor": 7.5,  # what is wrong with an installation or a folder
     "launch": 7,
     "inspect_provider": 8,  # an entry point
     "_site": 8,  # what a launched interpreter starts with
