@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from harness_tasks import ALL, DOCUMENTS, REQUESTS, TEXTS, make_model, make_task
 import evalcache
 from evalcache.code import ORIGINAL
 from evalcache.integrations.clients import LM_EVAL
+from evalcache.store import Store
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -95,7 +97,8 @@ class Told:
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Iterator[None]:
     yield
-    assert not hasattr(HFLM.generate_until, ORIGINAL) and not hasattr(sys.modules["lm_eval.evaluator"].evaluate, ORIGINAL)
+    evaluator = sys.modules.get("lm_eval.evaluator")
+    assert not hasattr(HFLM.generate_until, ORIGINAL) and not hasattr(getattr(evaluator, "evaluate", None), ORIGINAL)
 
 
 @contextlib.contextmanager
@@ -568,3 +571,49 @@ def test_the_command_that_people_type(here: Here, store_folder: Path, tmp_path: 
     assert (block["hits"], block["misses"], block["model_loads"]) == (40, 0, 0)
     assert "evalcache: loglikelihood 32/32 stored, 0 to run" in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("evalcache: 40 hits, 0 misses")
+
+
+EVALUATE = """
+import sys
+import evalcache
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+tasks, model = sys.argv[1:]
+session = evalcache.enable()
+manager = TaskManager(include_path=tasks, include_defaults=False)
+lm_eval.simple_evaluate(
+    model="hf", model_args=f"pretrained={model},dtype=float32", tasks=["tiny_gen", "tiny_mc"], task_manager=manager,
+    batch_size=2, device="cpu", bootstrap_iters=0,
+)
+print("DONE", session.cache.counts.misses, session.cache.counts.hits)
+"""
+
+
+@pytest.mark.campaign
+def test_killed_with_four_processes_and_ended_with_two(tmp_path: Path, store_folder: Path) -> None:
+    documents = 60
+    generation = {"generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 48, "do_sample": False}}
+    tasks = make_tasks(tmp_path / "tasks", documents=documents, tiny_gen=generation)
+    model = make_model(tmp_path / "model", hidden_size=256, intermediate_size=768, num_hidden_layers=6)
+    command = [sys.executable, "-c", EVALUATE, str(tasks), str(model)]
+    distinct = documents * 5
+    store = Store(store_folder / "store")
+    first = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    while store.stats().entries < 0.6 * distinct:
+        assert all(process.poll() is None for process in first), [process.communicate()[1] for process in first]
+        time.sleep(0.05)
+    for process in first:
+        process.send_signal(signal.SIGKILL)
+    for process in first:
+        process.communicate()
+    stored = store.stats().entries
+    assert 0.6 * distinct <= stored < distinct
+    second = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [process.communicate(timeout=600) for process in second]
+    assert [process.returncode for process in second] == [0, 0], ended
+    misses, hits = zip(*(map(int, out.split("DONE ")[1].split()) for out, _ in ended), strict=True)
+    assert store.stats().entries == distinct
+    # They computed what the four had not stored, once, and found each other's answers as well as those of the dead.
+    assert distinct - stored <= sum(misses) <= 1.05 * (distinct - stored) + 1
+    assert sum(misses) + sum(hits) == 2 * distinct
