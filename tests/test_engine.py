@@ -102,7 +102,7 @@ def test_all_hit_empty_and_single(cache, engine):
         {"engine": "numpy"},
         {"compute": lambda requests: list(ENGINE.say(requests))},
     ],
-    ids=str,
+    ids=["version of the model", "name", "setting", "setting of None", "version", "engine", "code"],
 )
 def test_whatever_shapes_the_answer_is_keyed(cache, engine, other):
     ask(cache, ["x"])
