@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evalcache.cache import RESULT_LIMIT_BYTES
 from evalcache.errors import UncacheableError
 from evalcache.integrations.generation import Call
 from evalcache.integrations.generators import generator_states, restore_generators
@@ -66,8 +67,8 @@ def batch_result(call: Call, output: Any) -> Result:
     """A whole batch's output as one Result; for samples, with the states of the generators that followed.
 
     Raises:
-        UncacheableError: ``output``, it holds something that is not stored; ``processor``, one of the caller's has kept something
-            of this call for its next one, which a served call would not leave behind.
+        UncacheableError: ``output``, it holds something that is not stored; ``too_large``; ``processor``, one of the caller's has
+            kept something of this call for its next one, which a served call would not leave behind.
     """
     if describe_processors(call.arguments.get("logits_processor")) != call.requests[0].settings["processors"]:
         raise UncacheableError("processor", "one that keeps state from call to call")
@@ -81,6 +82,8 @@ def batch_result(call: Call, output: Any) -> Result:
             if isinstance(value, torch.Tensor):
                 parts[name] = value
             elif isinstance(value, tuple) and name in ("scores", "logits"):
+                if sum(step.nbytes for step in value) > RESULT_LIMIT_BYTES:  # before they are copied
+                    raise UncacheableError("too_large", f"{name} of a batch")
                 parts[name] = torch.stack(value)
             else:
                 raise UncacheableError("output", name)
