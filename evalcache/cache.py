@@ -44,12 +44,14 @@ from evalcache.serving import Labels, Made, Serving, Told
 from evalcache.store import Store
 from evalcache.watch import Batch, Watch
 
-CHECK_SHARE = 0.003
+CHECK_SHARE = 0.002
 """A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both. Two
-checks a call, then, cost less than 1 % of it, with all the rest."""
+checks a call, then, cost well under 1 % of it."""
 COMMIT_S = 3.0
 FLUSH_S = 2.0
 SYNC_S = 30.0
+SYNC_SHARE = 0.002
+"""A long run brings the ledger up to date every `SYNC_S`; less often where that would cost more than this share of its time."""
 PENDING_S = 10.0
 RESULT_LIMIT_BYTES = 256 << 20
 """A result larger than this (the scores of a long batch over a large vocabulary) is not stored."""
@@ -102,6 +104,7 @@ class Cache:
         self._watches: list[Watch] = []
         self._warned: set[str] = set()
         self._flushed_at = self._synced_at = time.monotonic()
+        self._sync_seconds = 0.0
         self._started = self._closed = self._broken = False
         _caches.add(self)
 
@@ -350,7 +353,8 @@ class Cache:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:
             warnings.warn(f"the ledger was not brought up to date: {error}", EvalCacheWarning, stacklevel=2)
-        self.counts.overhead["sync"] += time.perf_counter() - began
+        self._sync_seconds = time.perf_counter() - began
+        self.counts.overhead["sync"] += self._sync_seconds
         self._synced_at = time.monotonic()
 
     # --- inside --------------------------------------------------------------------------------------------------------
@@ -440,7 +444,7 @@ class Cache:
     def _flush_soon(self) -> None:
         if time.monotonic() - self._flushed_at > FLUSH_S:
             self._commit([])
-        if time.monotonic() - self._synced_at > SYNC_S:
+        if time.monotonic() - self._synced_at > max(SYNC_S, self._sync_seconds / SYNC_SHARE):
             self.sync()
 
     def _commit(self, entries: list[tuple[Digest, Action, Result]]) -> None:

@@ -79,12 +79,23 @@ def library_of(filename: str) -> str | None:
 
 @functools.cache
 def version_of(package: str) -> str | None:
-    """Installed version of the distribution that provides a top-level package, None where there is none."""
+    """Installed version of the distribution that provides a top-level package, None where there is none.
+
+    Cost: under a millisecond where both have one name, else some 150 ms once: every installed distribution is looked at.
+    """
+    found = version_of_distribution(package)
+    if found is None and (names := importlib.metadata.packages_distributions().get(package)):
+        found = version_of_distribution(names[0])
+    return found
+
+
+@functools.cache
+def version_of_distribution(name: str) -> str | None:
+    """Installed version of a distribution, None where there is none."""
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        names = importlib.metadata.packages_distributions().get(package)
-        return importlib.metadata.version(names[0]) if names else None
+        return None
 
 
 def is_library_class(cls: type) -> bool:

@@ -22,7 +22,7 @@ import torch
 from evalcache.attributes import is_config
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
-from evalcache.code import library_of, version_of
+from evalcache.code import library_of, version_of_distribution
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
 from evalcache.filememo import FileMemo
@@ -51,7 +51,7 @@ _NOTHING = frozenset(
     "use_safetensors fusion_config dtype torch_dtype device_map quantization_config variant generation_config "
     "distributed_config tp_size kernel_config state_dict gguf_file tp_plan key_mapping device_mesh".split()
 )
-_VERSIONS = ("transformers", "torch", "accelerate", "peft", "bitsandbytes", "torchao", "optimum", "safetensors")
+_VERSIONS = ("transformers", "torch", "accelerate", "peft", "bitsandbytes", "torchao", "optimum", "optimum-quanto", "safetensors")
 _loading = threading.local()
 
 
@@ -122,7 +122,7 @@ class _Checkpoint:
                 f"{cls.__module__}.{cls.__qualname__}",
                 given,
                 b"" if config is None else config_digest(config),
-                {name: version_of(name) or "" for name in _VERSIONS if version_of(name)},
+                {name: found for name in _VERSIONS if (found := version_of_distribution(name))},
                 [str(torch.get_default_dtype()), str(torch.get_default_device())],
                 # Where a map puts a model depends on what is there.
                 torch.cuda.device_count() if kwargs.get("device_map") is not None else 0,
