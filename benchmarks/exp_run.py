@@ -1,8 +1,9 @@
 """A whole run, in processes of its own: bare, cold (an empty store), warm (a full one).
 
-An ordinary script loads a checkpoint and calls ``generate`` with 128 new tokens a call. What is compared:
+An ordinary script loads a checkpoint and asks 512 requests in batches of 16, with 128 new tokens each. What is compared:
 
-* cold overhead: seconds that evalcache itself took, as counted by the run, over the seconds of computing;
+* cold overhead: all seconds that evalcache itself took, as counted by the run, over the seconds of computing; and the share of
+  each call alone, without what is paid once (the fingerprint by a process, the probe by a set of weights);
 * warm: the seconds of all calls and of the whole process, over the bare ones;
 * memory: peak resident size beside the bare run's.
 
@@ -102,7 +103,7 @@ def main() -> None:
     parser = arguments("exp_run", __doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    hidden, layers, calls, rows, repeats = (256, 6, 2, 4, 1) if options.quick else (512, 12, 6, 8, 3)
+    hidden, layers, calls, rows, repeats = (256, 6, 2, 4, 1) if options.quick else (512, 12, 32, 16, 1)
     found = hardware(["torch", "transformers"])
     print(hardware_line(found))
     print(f"{calls} calls of {rows} rows and {NEW_TOKENS} new tokens; hidden {hidden}, {layers} layers, fp32, {options.device}")
@@ -136,11 +137,11 @@ def main() -> None:
     report.add("cold_extra_mib", statistics.median(cold["peak_mib"] - bare["peak_mib"] for bare, cold, _ in pairs))
     for name in sorted({name for one in runs["cold"] for name in one["overhead"]}):
         report.add(f"cold_overhead_{name}_s", statistics.median(one["overhead"].get(name, 0.0) for one in runs["cold"]))
-    once = ("fingerprint", "probe")  # the one of a process, the other of a set of weights: they weigh less, the longer a run is
+    once = ("fingerprint", "probe")
     each = [sum(s for name, s in one["overhead"].items() if name not in once) / one["spent_s"] for one in runs["cold"]]
     whole = [sum(one["overhead"].values()) / one["spent_s"] for one in runs["cold"]]
-    report.add("cold_overhead_whole_share", statistics.median(whole))
-    report.target("cold_overhead_share_of_each_call", statistics.median(each), "<=", 0.01)
+    report.add("cold_overhead_share_of_each_call", statistics.median(each))
+    report.target("cold_overhead_share", statistics.median(whole), "<=", 0.01)
     report.write(options.json)
 
 

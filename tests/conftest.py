@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Before the first import of transformers or torch, and inherited by the processes that tests start.
@@ -25,3 +26,10 @@ def store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "evalcache"
     monkeypatch.setenv("EVALCACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> None:
+    """Gradients are on, as Python starts: lighteval switches them off for its whole process when it is imported."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)

@@ -38,7 +38,7 @@ CLIENT = "transformers"
 
 _installed: Seam | None = None
 _inside = threading.local()
-_sampling_thread: int | None = None
+_sampling_thread: threading.Thread | None = None
 
 
 def install(cache: Cache) -> None:
@@ -57,8 +57,8 @@ def install(cache: Cache) -> None:
 
 def uninstall() -> None:
     """Put back what `install` replaced, except where somebody else has put something above it since."""
-    global _installed
-    _installed = None
+    global _installed, _sampling_thread
+    _installed = _sampling_thread = None
     if _wrapped:
         return
     for (owner, name), (original, ours) in list(_patched.items()):
@@ -355,12 +355,12 @@ class Seam:
 
 
 def _one_sampling_thread() -> None:
-    """Samples of several threads draw from one generator in an order that nobody can repeat."""
+    """Samples of several threads draw from one generator in an order that nobody can repeat; one after another they may."""
     global _sampling_thread
-    mine = threading.get_ident()
-    if _sampling_thread is None:
+    mine = threading.current_thread()
+    if _sampling_thread is None or not _sampling_thread.is_alive():
         _sampling_thread = mine
-    if _sampling_thread != mine:
+    if _sampling_thread is not mine:
         raise UncacheableError("threads")
 
 
