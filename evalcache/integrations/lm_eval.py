@@ -41,6 +41,7 @@ _METHODS = (
 _log = logging.getLogger("lm_eval.evalcache")
 _patches = Patches()
 _adapter: Adapter | None = None
+_evaluator: ImportHook | None = None
 
 
 def install(cache: Cache) -> None:
@@ -48,7 +49,7 @@ def install(cache: Cache) -> None:
 
     A version whose seams have moved is left alone, with one warning.
     """
-    global _adapter
+    global _adapter, _evaluator
     uninstall()
     if faults := LM_EVAL.faults():
         cache.warn(f"lm_eval {version_of_client(LM_EVAL)} runs without its adapter: {'; '.join(faults)}")
@@ -59,6 +60,7 @@ def install(cache: Cache) -> None:
     for name in ("loglikelihood", "loglikelihood_rolling", "_loglikelihood_tokens", "generate_until"):
         _patches.replace(HFLM, name, _through(name))
     _patches.replace(HFLM, "get_model_info", _with_block)
+    _evaluator = ImportHook(("lm_eval.evaluator",), _watch_evaluator)  # anew: it may have been imported since
     _evaluator.install()
 
 
@@ -66,7 +68,8 @@ def uninstall() -> None:
     """Put back what `install` replaced."""
     global _adapter
     _adapter = None
-    _evaluator.remove()
+    if _evaluator is not None:
+        _evaluator.remove()
     _patches.undo()
 
 
@@ -74,9 +77,6 @@ def _watch_evaluator() -> None:
     # Its import may not be over yet, and the package does not have it until then.
     evaluator = sys.modules["lm_eval.evaluator"]
     _patches.replace(evaluator, "evaluate", lambda original: watch_scores(original, _told, CLIENT))
-
-
-_evaluator = ImportHook(("lm_eval.evaluator",), _watch_evaluator)
 
 
 def _told() -> Cache | None:

@@ -71,7 +71,9 @@ def probe(model: Any, generate: Any) -> Traits:
         return _unknown(draws=True)
     finally:
         restore_generators(states, model.device)
-    if batch_dependent(model.config) or _decodes_by_itself(type(model)):
+    # A prompt-learning adapter stands around a model, which makes the tokens.
+    inner = model.get_base_model() if hasattr(type(model), "get_base_model") else model
+    if batch_dependent(model.config) or _decodes_by_itself(type(inner)):
         return _unknown(draws)
     return Traits(*found, draws)
 
