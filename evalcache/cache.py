@@ -48,6 +48,8 @@ CHECK_SHARE = 0.002
 """A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both. Two
 checks a call, then, cost well under 1 % of it."""
 COMMIT_S = 3.0
+COMMIT_SHARE = 0.01
+"""A long call is checked and committed every `COMMIT_S`; less often where the checks would cost more than this share of its time."""
 FLUSH_S = 2.0
 SYNC_S = 30.0
 SYNC_SHARE = 0.002
@@ -197,7 +199,7 @@ class Cache:
                 self._wait_for_check(watch, made[0][1].model, made, now)
 
         serving = Serving(
-            actions, keys, lookups, hand_over, COMMIT_S, labels,
+            actions, keys, lookups, hand_over, max(COMMIT_S, watch.check_seconds / COMMIT_SHARE), labels,
             leases=self._leases(), look=self._look_again, fault=self._warn_once, together=all_or_none, looked_at=looked_at,
         )  # fmt: skip
         whole = False

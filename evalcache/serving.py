@@ -51,8 +51,8 @@ class Serving:
 
     Args:
         actions, keys: one for each request. lookups: of each distinct key, in first-seen order.
-        hand_over: takes entries as they are computed, every ``commit_s`` seconds and at the end; True where they should be
-            stored now.
+        hand_over: takes entries as they are computed, between two batches after every ``commit_s`` seconds and at the end; True
+            where they should be stored now.
         leases: what other processes on the store leave to us, and we to them. look: hits among keys that missed before.
         fault: told of a store that does not answer. together: where one has to be computed, all are.
         looked_at: Unix seconds before the lookups; None means now.
@@ -84,7 +84,7 @@ class Serving:
             self._first.setdefault(key, position)
         self._results = {key: lookup.entry.result for key, lookup in lookups.items() if isinstance(lookup, Hit)}
         self._made: list[Made] = []
-        self._since = time.monotonic()
+        self._handed_at = time.monotonic()
         self._leases = leases
         self._look = look
         self._fault = fault
@@ -120,7 +120,10 @@ class Serving:
         if self._together:
             queue = deque([[position for portion in queue for position in portion]] if queue else [])
         if self._leases is None:
-            yield from queue
+            while queue:
+                yield queue.popleft()
+                if queue:
+                    self._flush_if_due()
             return
         self._ending.enter_context(self._leases.computing())
         put_off: list[int] = []
@@ -134,6 +137,8 @@ class Serving:
                 mine += self._claim(portion, put_off)
             if mine:
                 yield from self._portion(mine)
+                if queue:
+                    self._flush_if_due()
         yield from self._wait(put_off)
 
     def _next(self, queue: deque[list[int]]) -> list[int]:
@@ -230,15 +235,19 @@ class Serving:
 
     def put(self, position: int, result: Result) -> None:
         """Take what was computed for one of the missing positions."""
+        # What came before. The rows of a batch come all at once: to store its first one alone would cost a check for nothing.
+        self._flush_if_due()
         key = self._keys[position]
         self._results[key] = result
         self._made.append((key, self._actions[position], result))
-        if time.monotonic() - self._since > self._commit_s:
+
+    def _flush_if_due(self) -> None:
+        if time.monotonic() - self._handed_at > self._commit_s:
             self.flush(True)
-            self._since = time.monotonic()
 
     def flush(self, now: bool = False) -> None:
         """Hand over what was computed, to be stored now or when it suits."""
+        self._handed_at = time.monotonic()
         made, self._made = self._made, []
         if made:
             self._hand_over(made, now)
