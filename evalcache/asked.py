@@ -23,11 +23,7 @@ KIND = "answer"
 
 
 class Asked:
-    """The requests of one call: which have to be computed, and what came back.
-
-    Attributes:
-        missing: what ``compute`` is given.
-    """
+    """The requests of one call: which have to be computed, and what came back."""
 
     def __init__(
         self, requests: Sequence[Any], samples: int | None, tasks: str | Sequence[str], documents: Sequence[str]
@@ -46,15 +42,33 @@ class Asked:
         self.labels = Labels(*([str(label) for label in labels for _ in range(self._draws)] for labels in (tasks, documents)))
         self._slots = [(place, draw) for place in range(len(requests)) for draw in range(self._draws)]
         self._serving: Serving | None = None
-        self._computed = list(range(len(self._slots)))
+        self._missing = self._computed = list(range(len(self._slots)))
         self._bare: list[Any] | None = [None] * len(self._slots)  # the answers of a run without a cache
         self._given: set[int] = set()
         self._waiting: list[tuple[int, str, bool]] = []
         self._since = self._kept_at = time.perf_counter()
 
     @property
-    def missing(self) -> list[Any]:
-        return [self._requests[self._slots[place][0]] for place in self._computed]
+    def missing_count(self) -> int:
+        """How many answers are not in the store."""
+        return len(self._missing)
+
+    def portions(self) -> Iterator[list[Any]]:
+        """What ``compute`` is given: everything that is missing, at once; without what another process computes right now, of
+        which comes later what that one has given up. Each has to be answered before the next is asked for, which may block.
+
+        Raises:
+            EvalCacheError: something was left without an answer.
+        """
+        for mine in [self._missing] if self._serving is None else self._serving.claims([self._missing]):
+            if not mine:
+                continue
+            self._computed, self._given = mine, set()
+            self._since = self._kept_at = time.perf_counter()
+            yield [self._requests[self._slots[place][0]] for place in mine]
+            self.keep()
+            if len(self._given) < len(mine):
+                raise broken(f"answered {len(self._given)} of {len(mine)} requests")
 
     def actions(self, model: Digest, settings: Fields, environment: Environment, strict: bool) -> list[Action]:
         """One for each draw of each request."""
@@ -71,7 +85,7 @@ class Asked:
     def serve(self, serving: Serving) -> None:
         """From here on answers go to the store."""
         self._serving, self._bare = serving, None
-        self._computed = serving.missing
+        self._missing = serving.missing
 
     def take(self, made: Any) -> None:
         """What ``compute`` returned: a list in order, or an iterator of pairs."""
@@ -115,25 +129,11 @@ class Asked:
         for place, text, is_json in waiting:
             seconds = (now - self._since) * (len(text) / length if length else 1 / len(waiting))
             # How many tokens that was, nobody said.
-            cost = Cost(seconds, None, None, "", len(waiting))  # type: ignore[arg-type]
+            cost = Cost(seconds, None, None, "", len(waiting))
             self._serving.put(place, Result(text=text, scalars={"json": True} if is_json else {}, cost=cost))
         if more:
             self._serving.flush(True)
         self._since = self._kept_at = now
-
-    def start(self) -> None:
-        """``compute`` is called now."""
-        self._since = self._kept_at = time.perf_counter()
-
-    def finish(self) -> None:
-        """``compute`` is done.
-
-        Raises:
-            EvalCacheError: something has no answer.
-        """
-        self.keep()
-        if len(self._given) < len(self._computed):
-            raise broken(f"answered {len(self._given)} of {len(self._computed)} requests")
 
     def answers(self) -> list[Any]:
         """In the order of the requests."""

@@ -48,9 +48,10 @@ def run(
     Args:
         requests: strings, chats (lists of dicts), or whatever JSON can say.
         model: whose answers they are: a live module, a checkpoint's folder or file, or `sources.named`.
-        compute: given the requests that have no answer yet, equal ones once, in first-seen order. Returns a list of answers in
-            that order, or yields ``(index, answer)`` as they are made, which are kept every few seconds. An answer is a string,
-            or whatever JSON can say but null. May be async.
+        compute: given the requests that have no answer yet, equal ones once, in first-seen order; those that another process
+            computes right now are left to it, and waited for. Returns a list of answers in that order, or yields
+            ``(index, answer)`` as they are made, which are kept every few seconds. An answer is a string, or whatever JSON can
+            say but null. May be async.
         settings: all that shapes the answers and does not stand in the code of ``compute``. JSON.
         samples: None means one answer for each request; n means a list of n, each of which is kept under its number. A request
             that lacks several is given to ``compute`` as often.
@@ -74,14 +75,13 @@ def run(
     cache = cache if cache is not None else session_cache()
     asked = Asked(requests, samples, tasks, documents)
     with _opened(cache, asked, model, compute, settings, engine, version, role):
-        if asked.missing:
+        for portion in asked.portions():
             with _out_of_the_way():
-                made = compute(asked.missing)
+                made = compute(portion)
                 if inspect.isawaitable(made) or hasattr(made, "__aiter__"):
                     _run_until_done(made, asked)
                 else:
                     asked.take(made)
-            asked.finish()
     return asked.answers()
 
 
@@ -95,9 +95,10 @@ async def run_async(requests: Iterable[Any], *, compute: Callable[[list[Any]], A
     asked = Asked(requests, chosen["samples"], chosen["tasks"], chosen["documents"])
     names = ("model", "compute", "settings", "engine", "version", "role")
     with _opened(cache, asked, *(chosen[name] for name in names)):
-        if asked.missing:
-            await _drain(compute(asked.missing), asked)
-            asked.finish()
+        portions = asked.portions()
+        # In a thread: to wait for another process must not stop the loop.
+        while (portion := await asyncio.to_thread(next, portions, None)) is not None:
+            await _drain(compute(portion), asked)
     return asked.answers()
 
 
@@ -179,7 +180,7 @@ def _opened(
             return
         except _AnotherModelError:  # what woke is not what was promised: ask again, of what is there
             continue
-    with cache.bypassed(refused, requests=len(asked.missing), client=CLIENT):
+    with cache.bypassed(refused, requests=asked.missing_count, client=CLIENT):
         yield
 
 
@@ -192,9 +193,8 @@ def _serving(
     actions = asked.actions(manifest.root, keyed, environment, strict)
     with cache.serving(source.watch, actions, client=CLIENT, labels=asked.labels, all_or_none=strict) as serving:
         asked.serve(serving)
-        if asked.missing and source.wake(cache) != manifest.root and not last:
+        if asked.missing_count and source.wake(cache) != manifest.root and not last:
             raise _AnotherModelError
-        asked.start()
         try:
             yield
         finally:

@@ -36,7 +36,7 @@ RENEW_S = 4.0
 _SKEW_S = 60.0  # by so much the clocks of two hosts may differ; where they differ more, both compute
 _FORGET_S = 600.0  # rows of workers that ended as long ago are swept away
 _LOOK_S = 0.5  # so long a process that was alone takes itself to be, as long as nobody writes
-_FIRST_KEYS = 1000  # a larger first portion is not leased by a process that is alone: the rows would cost more than they may
+_FIRST_KEYS = 20_000  # a larger first portion is not leased by a process that is alone: the rows would cost more than they may
 _WORKERS = ("worker/", "worker0")
 _LEASES = ("lease/", "lease0")
 

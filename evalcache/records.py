@@ -138,14 +138,14 @@ class Cost:
 
     Args:
         seconds: this row's share of its batch's busy wall seconds; the shares of a batch add up to what was measured.
-        prompt_tokens: tokens read; completion_tokens: tokens made.
+        prompt_tokens: tokens read; completion_tokens: tokens made; None where nobody counted them.
         device: name of the device that was busy, e.g. ``cpu`` or ``NVIDIA H200``.
         batch_size: rows computed together.
     """
 
     seconds: float
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
     device: str
     batch_size: int
 

@@ -23,6 +23,7 @@ from evalcache.cache import Cache
 from evalcache.errors import EvalCacheError
 from evalcache.integrations import lazy
 from evalcache.ledger import Ledger
+from evalcache.store import Store
 
 MODEL = evalcache.named("an-engine", version="1")
 
@@ -194,6 +195,82 @@ def test_answers_are_committed_as_they_are_yielded_and_kept_when_it_fails(tmp_pa
     with pytest.raises(AssertionError):
         ask(other, ["a"], compute=fixed)
     other.close()
+
+
+LOOP = """
+import asyncio, json, sys, time
+import evalcache
+from evalcache.cache import Cache
+
+mode, folder, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+asked = []
+
+
+def slow(requests):
+    asked.extend(requests)
+    for index, request in enumerate(requests):
+        time.sleep(0.05)
+        yield index, f"answer to {request}"
+
+
+async def slow_async(requests):
+    asked.extend(requests)
+    for index, request in enumerate(requests):
+        await asyncio.sleep(0.05)
+        yield index, f"answer to {request}"
+
+
+async def ask_and_tick(requests, options):
+    ticks = []
+
+    async def tick():
+        while True:
+            ticks.append(time.monotonic())
+            await asyncio.sleep(0.02)
+
+    beside = asyncio.create_task(tick())
+    found = await evalcache.run_async(requests, compute=slow_async, **options)
+    beside.cancel()
+    assert max(b - a for a, b in zip(ticks, ticks[1:])) < 2.0, "the event loop was stopped"
+    return found
+
+
+requests = [f"question {number}" for number in range(first, last)]
+cache = Cache(folder)
+options = {"model": evalcache.named("an-engine", version="1"), "version": "1", "cache": cache}
+print("READY", flush=True)
+sys.stdin.readline()
+found = asyncio.run(ask_and_tick(requests, options)) if mode == "async" else evalcache.run(requests, compute=slow, **options)
+cache.close()
+assert found == [f"answer to {request}" for request in requests]
+print("DONE", json.dumps(asked), flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["plain", "async"])
+def test_what_another_process_computes_is_left_to_it(tmp_path, mode):
+    """Two loops with shared requests begin together: each request is computed by one of them."""
+    (script := tmp_path / "loop.py").write_text(LOOP)
+    Store(tmp_path / "cache" / "store").close()
+    command = [sys.executable, str(script), mode, str(tmp_path / "cache")]
+    loops = [
+        subprocess.Popen([*command, *part], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for part in (("0", "40"), ("20", "60"))
+    ]
+    for loop in loops:
+        assert loop.stdout.readline() == "READY\n", loop.communicate()[1]
+    ended = [_begin(loop) for loop in loops]
+    asked = []
+    for loop, (out, err) in zip(loops, [loop.communicate(timeout=120) for loop in ended], strict=True):
+        assert loop.returncode == 0, err
+        asked += json.loads(out.split("DONE ")[1])
+    assert sorted(asked) == sorted(f"question {number}" for number in range(60))
+
+
+def _begin(loop):
+    loop.stdin.write("go\n")
+    loop.stdin.flush()
+    return loop
 
 
 def test_equal_requests_do_not_share_one_object(cache):

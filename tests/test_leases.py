@@ -470,4 +470,4 @@ def test_two_evals_over_shared_pairs_score_each_once(tmp_path):
     (hits0, misses0, *_, scores0), (hits1, misses1, *_, scores1) = found
     assert hits0 + misses0 == hits1 + misses1 == 400
     assert misses0 + misses1 <= 1.05 * 520 and min(misses0, misses1) > 120
-    assert scores0[:280] == scores1[:280]
+    assert scores0[:280] == pytest.approx(scores1[:280], abs=1e-5)  # the odd one is computed by both, in other batches

@@ -211,10 +211,15 @@ class Generations:
 
     def _compute(self, lm: Any, batches: Sequence[_Batch], missing: dict[Place, int], serving: Serving) -> None:
         jobs = list(_jobs(batches, missing))
-        for job in self._module.tqdm(jobs, desc="Greedy generation", disable=lm.disable_tqdm):
-            given, call = _together(batches, job)
-            for place, result in zip(job, self._generate(lm, given, call), strict=True):
-                serving.put(missing[place], result)
+        places = {position: place for place, position in missing.items()}
+        with self._module.tqdm(total=len(missing), desc="Greedy generation", disable=lm.disable_tqdm) as bar:
+            for mine in serving.claims([[missing[place] for place in job] for job in jobs]):
+                # Without what another process computes right now.
+                for job in _jobs(batches, {places[position]: position for position in mine}):
+                    given, call = _together(batches, job)
+                    for place, result in zip(job, self._generate(lm, given, call), strict=True):
+                        serving.put(missing[place], result)
+                    bar.update(len(job))
 
     def _generate(self, lm: Any, given: dict[str, Any], call: Call) -> list[Result]:
         """What lighteval's own code has the model generate for one batch, a Result for each row."""
