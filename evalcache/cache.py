@@ -34,7 +34,7 @@ from evalcache.errors import (
 )
 from evalcache.folder import default_folder
 from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded
-from evalcache.key import key_of
+from evalcache.key import keys_of
 from evalcache.leases import Leases
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
@@ -49,7 +49,7 @@ CHECK_SHARE = 0.002
 checks a call, then, cost well under 1 % of it."""
 COMMIT_S = 3.0
 COMMIT_SHARE = 0.01
-"""A long call is checked and committed every `COMMIT_S`; less often where the checks would cost more than this share of its time."""
+"""A long call is checked and committed every `COMMIT_S`; less often where checks would cost more than this share of its time."""
 FLUSH_S = 2.0
 SYNC_S = 30.0
 SYNC_SHARE = 0.002
@@ -184,7 +184,7 @@ class Cache:
         What was put is kept although the block raises.
         """
         began, looked_at = time.perf_counter(), time.time()
-        keys = [key_of(action) for action in actions]
+        keys = keys_of(actions)
         keyed = time.perf_counter()
         distinct = list(dict.fromkeys(keys))
         found = self._read(distinct) if self.policy.reads else {}

@@ -10,6 +10,7 @@ RFC's bytewise order are the same.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import cbor2
@@ -19,6 +20,13 @@ from evalcache.errors import CanonicalError
 
 _SCALARS = frozenset({type(None), bool, float, str, bytes})
 _INT_LIMIT = 1 << 64
+_SHORT = tuple(bytes([0x40 + size]) for size in range(24))
+_LENGTHS = [
+    (0x58, struct.Struct(">BB")),
+    (0x59, struct.Struct(">BH")),
+    (0x5A, struct.Struct(">BI")),
+    (0x5B, struct.Struct(">BQ")),
+]
 
 
 def check_canonical(value: Any, path: str = "value") -> None:
@@ -65,6 +73,17 @@ def encode_canonical(value: Any) -> bytes:
 def encode_trusted(value: Any) -> bytes:
     """`encode_canonical` for a value that this package built itself and knows to be canonical: no walk over it."""
     return cbor2.dumps(value, canonical=True)
+
+
+def encode_bytes(data: bytes) -> bytes:
+    """`encode_canonical` of bytes, at a third of its cost: keys are made of little else."""
+    size = len(data)
+    if size < 24:
+        return _SHORT[size] + data
+    for mark, form in _LENGTHS:
+        if not size >> 8 * (form.size - 1):
+            return form.pack(mark, size) + data
+    raise CanonicalError("more bytes than can be said", path="value", found=size)
 
 
 def digest_canonical(value: Any) -> Digest:

@@ -17,38 +17,63 @@ Never keyed: paths, names, file format, sharding, device map, batch position, la
 
 from __future__ import annotations
 
-from evalcache.canonical import check_canonical, encode_trusted
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evalcache.canonical import check_canonical, encode_bytes, encode_canonical, encode_trusted
 from evalcache.digest import Digest, digest_bytes
-from evalcache.records import Action
+from evalcache.records import Action, Actions, Environment, Fields
 
 KEY_VERSION = 1
 """Raised whenever the meaning of a key changes; old entries then stay in the store and are never served. History: README."""
 
+_ARRAY_OF_8 = b"\x88"
+_NO_INPUTS = encode_canonical({})
+_NAMES = {"continuation": encode_canonical({"continuation": b""})[:-1]}  # inputs that are asked for by the hundred thousand
+
 
 def encode_action(action: Action) -> bytes:
-    """The canonical bytes of an Action. Cost: 3–5 µs for 300 tokens; the settings' and environment's digests are reused.
+    """The canonical bytes of an Action.
 
     Raises:
         CanonicalError: one of ``request.inputs`` has no canonical encoding.
     """
     request = action.request
-    inputs = dict(request.inputs)
-    if inputs:
-        check_canonical(inputs, "inputs")
-    return encode_trusted(
-        [
-            "evalcache",
-            KEY_VERSION,
-            request.kind,
-            action.model.value,
-            request.settings.digest.value,
-            action.environment.keyed.digest.value,
-            request.tokens,
-            inputs,
-        ]
-    )
+    head = _encode_head(request.kind, action.model, request.settings, action.environment)
+    return head + encode_bytes(request.tokens) + _encode_inputs(request.inputs)
 
 
 def key_of(action: Action) -> Digest:
     """The Key of an Action."""
     return digest_bytes(encode_action(action))
+
+
+def keys_of(actions: Sequence[Action]) -> list[Digest]:
+    """The Key of each. Cost: about 1 µs for one of many `Actions` with 30 tokens, 2 µs for one with 300; else 4 µs.
+
+    Raises:
+        CanonicalError: as `encode_action`.
+    """
+    if not isinstance(actions, Actions):
+        return [key_of(action) for action in actions]
+    head = _encode_head(actions.kind, actions.model, actions.settings, actions.environment)
+    rows = zip(actions.tokens, actions.inputs, strict=True)
+    return [digest_bytes(head + encode_bytes(tokens) + _encode_inputs(inputs)) for tokens, inputs in rows]
+
+
+def _encode_head(kind: str, model: Digest, settings: Fields, environment: Environment) -> bytes:
+    """The array of eight without its last two."""
+    six = ["evalcache", KEY_VERSION, kind, model.value, settings.digest.value, environment.keyed.digest.value]
+    return _ARRAY_OF_8 + encode_trusted(six)[1:]
+
+
+def _encode_inputs(inputs: Mapping[str, Any]) -> bytes:
+    if len(inputs) == 1:
+        ((name, value),) = inputs.items()
+        if type(value) is bytes and name in _NAMES:
+            return _NAMES[name] + encode_bytes(value)
+    elif not inputs:
+        return _NO_INPUTS
+    inputs = dict(inputs)
+    check_canonical(inputs, "inputs")
+    return encode_trusted(inputs)

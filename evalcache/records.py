@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -130,6 +132,29 @@ class Action:
     model: Digest
     request: Request
     environment: Environment
+
+
+@dataclass(frozen=True, slots=True)
+class Actions(Sequence[Action]):
+    """Actions that differ in their rows alone. Each is built when it is asked for: of stored ones that is never.
+
+    Args:
+        model, kind, settings, environment: of all of them.
+        tokens, inputs: of each, as in `Request`.
+    """
+
+    model: Digest
+    kind: str
+    settings: Fields
+    environment: Environment
+    tokens: Sequence[bytes]
+    inputs: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, place: Any) -> Any:
+        return Action(self.model, Request(self.kind, self.tokens[place], self.settings, self.inputs[place]), self.environment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +281,11 @@ def pack_tokens(ids: Any) -> bytes:
     Raises:
         OverflowError: an id does not fit in 32 bits.
     """
+    if type(ids) is list or type(ids) is tuple:
+        packed = array("i", ids)
+        if sys.byteorder != "little":
+            packed.byteswap()
+        return packed.tobytes()
     wide = np.asarray(ids, dtype=np.int64)
     narrow = wide.astype("<i4")
     if not np.array_equal(wide, narrow):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalcache.canonical import check_canonical, decode, digest_canonical, encode_canonical, encode_trusted
+from evalcache.canonical import check_canonical, decode, digest_canonical, encode_bytes, encode_canonical, encode_trusted
 from evalcache.errors import CanonicalError
 
 scalars = (
@@ -140,3 +140,9 @@ def test_the_encoding_does_not_depend_on_the_process() -> None:
         env = {**os.environ, "PYTHONHASHSEED": seed}
         printed.add(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True).stdout)
     assert printed == {f"{digest_canonical({c: [c, 1.5, None] for c in 'abcxyz'})}\n".encode()}
+
+
+@pytest.mark.parametrize("size", [0, 1, 23, 24, 255, 256, 65535, 65536, 70000])
+def test_bytes_alone_are_encoded_alike(size: int) -> None:
+    data = bytes(index % 251 for index in range(size))
+    assert encode_bytes(data) == encode_canonical(data)

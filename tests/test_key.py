@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalcache.canonical import decode
+from evalcache.canonical import decode, encode_canonical
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError
-from evalcache.key import KEY_VERSION, encode_action, key_of
-from evalcache.records import Action, Environment, Fields, Request, pack_tokens
+from evalcache.key import KEY_VERSION, encode_action, key_of, keys_of
+from evalcache.records import Action, Actions, Environment, Fields, Request, pack_tokens
 
 ROOT = Digest(bytes(range(16)))
 GREEDY = Fields({"do_sample": False, "end_ids": [2], "max_new_tokens": 6, "pad_id": 0, "temperature": 1.0})
@@ -66,6 +66,21 @@ def test_an_action_s_bytes_are_one_array_of_eight_places() -> None:
         pack_tokens([5, 7]),
         {"mask": b"\1\0\1", "span": pack_tokens([5, 6, 7])},
     ]
+
+
+@given(
+    st.lists(st.integers(0, 2**31 - 1), max_size=80),
+    st.one_of(
+        st.dictionaries(st.sampled_from(["continuation", "mask", "draw"]), st.binary(max_size=300), max_size=2),
+        st.fixed_dictionaries({"continuation": st.one_of(st.text(max_size=3), st.binary(max_size=3), st.none())}),
+    ),
+)
+def test_many_keys_at_once_are_the_keys_one_by_one(ids: list, inputs: dict) -> None:
+    many = Actions(ROOT, "loglikelihood", GREEDY, HOST, [pack_tokens(ids), b""], [inputs, {}])
+    one = Action(ROOT, Request("loglikelihood", pack_tokens(ids), GREEDY, inputs), HOST)
+    assert keys_of(many) == [key_of(one), key_of(many[1])] == keys_of(list(many))
+    head = ["evalcache", KEY_VERSION, "loglikelihood", ROOT.value, GREEDY.digest.value, HOST.keyed.digest.value]
+    assert encode_action(one) == encode_canonical([*head, pack_tokens(ids), inputs])
 
 
 def test_what_is_recorded_is_not_keyed() -> None:

@@ -23,7 +23,7 @@ from evalcache.integrations.generators import generator_states, restore_generato
 from evalcache.integrations.probe import TOLERANCE, batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
-from evalcache.records import Action, Environment, Fields, Request, Result, pack_logprobs, pack_tokens, unpack_logprobs
+from evalcache.records import Actions, Environment, Fields, Result, pack_logprobs, pack_tokens, unpack_logprobs
 from evalcache.serving import Labels
 from evalcache.tensors import dtype_name
 from evalcache.watch import Watch
@@ -162,14 +162,9 @@ def _serve(
     if seam.cache.match == "strict":
         batch = digest_canonical([scoring.batch_tokens, [[pack_tokens(context), pack_tokens(tail)] for context, tail in rows]])
         environment = Environment(Fields(dict(environment.keyed) | {"batch": batch.value}), environment.recorded)
-    actions = [
-        Action(
-            manifest.root,
-            Request("loglikelihood", pack_tokens(context), settings, {"continuation": pack_tokens(continuation)}),
-            environment,
-        )
-        for context, continuation in rows
-    ]
+    contexts = [pack_tokens(context) for context, _ in rows]
+    tails = [{"continuation": pack_tokens(tail)} for _, tail in rows]
+    actions = Actions(manifest.root, "loglikelihood", settings, environment, contexts, tails)
 
     scorers: list[_Scorer] = []
 
