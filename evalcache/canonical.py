@@ -21,7 +21,7 @@ from evalcache.errors import CanonicalError
 _SCALARS = frozenset({type(None), bool, float, str, bytes})
 _INT_LIMIT = 1 << 64
 _SHORT = tuple(bytes([0x40 + size]) for size in range(24))
-_LENGTHS = [
+_LENGTHS = [(0x58 + place, struct.Struct(f">B{size}")) for place, size in enumerate("BHIQ")]
     (0x58, struct.Struct(">BB")),
     (0x59, struct.Struct(">BH")),
     (0x5A, struct.Struct(">BI")),
