@@ -22,11 +22,6 @@ _SCALARS = frozenset({type(None), bool, float, str, bytes})
 _INT_LIMIT = 1 << 64
 _SHORT = tuple(bytes([0x40 + size]) for size in range(24))
 _LENGTHS = [(0x58 + place, struct.Struct(f">B{size}")) for place, size in enumerate("BHIQ")]
-    (0x58, struct.Struct(">BB")),
-    (0x59, struct.Struct(">BH")),
-    (0x5A, struct.Struct(">BI")),
-    (0x5B, struct.Struct(">BQ")),
-]
 
 
 def check_canonical(value: Any, path: str = "value") -> None:
