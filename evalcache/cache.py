@@ -16,7 +16,6 @@ import time
 import uuid
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from evalcache.errors import (
     UncacheableError,
 )
 from evalcache.folder import default_folder
-from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, Overhead, RunEnded
+from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, RunEnded
 from evalcache.key import keys_of
-from evalcache.leases import Leases
+from evalcache.leases import Leases, is_one_of_several_ranks
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
+from evalcache.outbox import Outbox
 from evalcache.provenance import describe_run
 from evalcache.records import Action, Entry, Hit, Miss, Policy, Result
 from evalcache.serving import Labels, Made, Serving, Told
@@ -50,7 +50,6 @@ checks a call, then, cost well under 1 % of it."""
 COMMIT_S = 3.0
 COMMIT_SHARE = 0.01
 """A long call is checked and committed every `COMMIT_S`; less often where checks would cost more than this share of its time."""
-FLUSH_S = 2.0
 SYNC_S = 30.0
 SYNC_SHARE = 0.002
 """A long run brings the ledger up to date every `SYNC_S`; less often where that would cost more than this share of its time."""
@@ -100,20 +99,21 @@ class Cache:
         self.store = Store(self.directory / "store")
         self.ledger_path = self.directory / "ledger.duckdb"
         self._lock = threading.RLock()
-        self._events: list[Event] = []
-        self._objects: dict[str, bytes] = {}
-        self._overhead_told: Counter[str] = Counter()
+        self._outbox = Outbox(
+            self.store, self.run_id, self.counts, lambda: describe_run(self.run_id, self.policy, self.match, *self.client),
+            writes=self.policy is not Policy.READ_ONLY,
+        )  # fmt: skip
         self._watches: list[Watch] = []
         self._warned: set[str] = set()
-        self._flushed_at = self._synced_at = time.monotonic()
+        self._synced_at = time.monotonic()
         self._sync_seconds = 0.0
-        self._started = self._closed = self._broken = False
+        self._closed = False
         _caches.add(self)
 
     @property
     def untouched(self) -> bool:
         """Whether no model has been met yet: nothing was asked, loaded or written."""
-        return not (self._started or self._events or self._watches or self._objects)
+        return self._outbox.empty and not self._watches
 
     # --- one call ------------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class Cache:
 
         serving = Serving(
             actions, keys, lookups, hand_over, max(COMMIT_S, watch.check_seconds / COMMIT_SHARE), labels,
-            leases=self._leases(), look=self._look_again, fault=self._warn_once, together=all_or_none, looked_at=looked_at,
+            leases=self._leases(), look=self._look_again, fault=self._outbox.give_up, together=all_or_none, looked_at=looked_at,
         )  # fmt: skip
         whole = False
         try:
@@ -221,7 +221,7 @@ class Cache:
                 self.counts.spent_seconds += seconds
             share = None if seconds is None else seconds / requests
             root = next(iter(self.counts.models.values()), None)
-            self._events.append(
+            self._outbox.tell(
                 LookedUp(
                     self.run_id,
                     time.time(),
@@ -261,24 +261,21 @@ class Cache:
 
     def get_object(self, name: str) -> bytes | None:
         """A shared object's bytes, from what waits or from the store; a fault reads as absent."""
-        with self._lock:
-            if name in self._objects:
-                return self._objects[name]
+        if (waiting := self._outbox.get_object(name)) is not None:
+            return waiting
         try:
             return self.store.get_object(name) if self.policy.reads else None
         except StoreError as error:
-            self._warn_once(error)
+            self._outbox.give_up(error)
             return None
 
     def put_object(self, name: str, data: bytes) -> None:
         """Keep a shared object with the next commit."""
-        with self._lock:
-            self._objects[name] = data
+        self._outbox.put_object(name, data)
 
     def note(self, event: Event) -> None:
         """Tell the ledger something with the next commit."""
-        with self._lock:
-            self._events.append(event)
+        self._outbox.tell(event)
         self._flush_soon()
 
     def warn(self, text: str) -> None:
@@ -294,7 +291,7 @@ class Cache:
         with self._lock:
             self.counts.model_loads += 1
             self.counts.model_load_seconds += seconds
-            self._events.append(ModelLoaded(self.run_id, root.value, seconds))
+            self._outbox.tell(ModelLoaded(self.run_id, root.value, seconds))
 
     def watch(self, watch: Watch) -> Watch:
         """Register a watch, so that `close` makes the last check for it. Lets other models go."""
@@ -329,7 +326,7 @@ class Cache:
                 # A refusal has dropped and counted what waited.
                 with contextlib.suppress(FingerprintError):
                     self.open(watch)
-        self._commit([])
+        self._outbox.commit()
 
     def close(self, status: str = "ok", exit_code: int | None = None) -> None:
         """End the run: last checks, last commit, sync. Faults are warnings; closing twice does nothing."""
@@ -338,9 +335,9 @@ class Cache:
                 return
             self._closed = True
         self.flush()
-        if self._started:
-            self._events.append(RunEnded(self.run_id, time.time(), status, exit_code))
-            self._commit([])
+        if self._outbox.started:
+            self._outbox.tell(RunEnded(self.run_id, time.time(), status, exit_code))
+            self._outbox.commit()
             self.sync()
         self.store.close()
 
@@ -365,12 +362,13 @@ class Cache:
         try:
             return self.store.get_many(keys)
         except StoreError as error:
-            self._warn_once(error)
+            self._outbox.give_up(error)
             return {}
 
     def _leases(self) -> Leases | None:
         """The leases of a process that may leave work to others, and whose own work is of use to them."""
-        return self.store.leases if self.policy is Policy.USE and not self._broken and not _is_one_of_several_ranks() else None
+        alone = self.policy is not Policy.USE or self._outbox.broken or is_one_of_several_ranks()
+        return None if alone else self.store.leases
 
     def _look_again(self, keys: list[Digest]) -> dict[Digest, Hit]:
         began = time.perf_counter()
@@ -384,8 +382,8 @@ class Cache:
             if self.counts.models.get(name) == manifest.root:
                 return
             self.counts.models[name] = manifest.root
-            self._objects[f"model/{manifest.root.hex}"] = manifest.to_bytes()
-            self._events.append(ModelSeen(self.run_id, manifest.root.value, name, watch.role))
+            self._outbox.put_object(f"model/{manifest.root.hex}", manifest.to_bytes())
+            self._outbox.tell(ModelSeen(self.run_id, manifest.root.value, name, watch.role))
 
     def _wait_for_check(self, watch: Watch, root: Digest, entries: list[tuple[Digest, Action, Result]], force: bool) -> None:
         storable = [entry for entry in entries if _size_bytes(entry[2]) <= RESULT_LIMIT_BYTES]
@@ -407,7 +405,7 @@ class Cache:
         good = [entry for batch in batches if batch.root == manifest.root for entry in batch.entries]
         self._not_stored("changed", sum(len(batch.entries) for batch in batches) - len(good))
         if good:
-            self._commit(good)
+            self._outbox.commit(good)
 
     def _drop(self, watch: Watch) -> None:
         batches = watch.take()
@@ -423,69 +421,23 @@ class Cache:
     def _tell_lookups(self, watch: Watch, told: Told, client: str) -> None:
         if not told.keys:
             return
-        counts = self.counts
         with self._lock:
-            for outcome, reason, seconds in zip(told.outcomes, told.reasons, told.seconds, strict=True):
-                if outcome == "duplicate":
-                    counts.duplicates += 1
-                    counts.duplicate_seconds += seconds or 0.0
-                elif outcome == "hit":
-                    counts.hits += 1
-                    counts.credited_seconds += seconds or 0.0
-                elif outcome == "uncacheable":
-                    counts.uncacheable[reason] += 1
-                else:
-                    counts.misses += 1
-                    counts.spent_seconds += seconds or 0.0
+            self.counts.add(told.outcomes, told.reasons, told.seconds)
             root = watch.manifest.root.value if watch.manifest else b""
             keys = tuple(key.value for key in told.keys)
             columns = [tuple(column) for column in (told.outcomes, told.reasons, told.seconds, told.tasks, told.documents)]
-            self._events.append(LookedUp(self.run_id, time.time(), root, client, watch.role, keys, *columns))
+            self._outbox.tell(LookedUp(self.run_id, time.time(), root, client, watch.role, keys, *columns))
         self._flush_soon()
 
     def _flush_soon(self) -> None:
-        if time.monotonic() - self._flushed_at > FLUSH_S:
-            self._commit([])
+        self._outbox.commit_if_due()
         if time.monotonic() - self._synced_at > max(SYNC_S, self._sync_seconds / SYNC_SHARE):
             self.sync()
-
-    def _commit(self, entries: list[tuple[Digest, Action, Result]]) -> None:
-        """One transaction with everything that is due. A fault is a warning: the answers are with the caller."""
-        if self.policy is Policy.READ_ONLY or self._broken:
-            self._events.clear()
-            return
-        began = time.perf_counter()
-        with self._lock:
-            if not self._started and (self._events or entries):
-                self._started = True
-                self._events.insert(0, describe_run(self.run_id, self.policy, self.match, *self.client))
-            due = {kind: value - self._overhead_told[kind] for kind, value in self.counts.overhead.items()}
-            due = {kind: value for kind, value in due.items() if value > 0}
-            if due and self._started:
-                self._events.append(Overhead(self.run_id, time.time(), due))
-                self._overhead_told.update(due)
-            events, self._events = self._events, []
-            objects, self._objects = self._objects, {}
-        self._flushed_at = time.monotonic()
-        if not (entries or events or objects):
-            return
-        try:
-            self.store.commit(entries, events, objects, run=self.run_id, created_at=time.time())
-        except EvalCacheError as error:
-            self._warn_once(error)
-        self.counts.overhead["write"] += time.perf_counter() - began
-
-    def _warn_once(self, error: Exception) -> None:
-        if not self._broken:
-            self._broken = True
-            warnings.warn(f"the store does not answer, this run goes on without it: {error}", EvalCacheWarning, stacklevel=3)
 
     def _begin_child(self) -> None:
         """After a fork, in the child: what waits is the parent's to write, and the ledger the parent's to bring up to date."""
         self._lock = threading.RLock()  # a thread that is not here may hold it
-        self._started = self._started or bool(self._events)  # a run that the parent tells the beginning and the end of
-        self._events.clear()
-        self._overhead_told = Counter(self.counts.overhead)
+        self._outbox.begin_child()
         self._synced_at = math.inf
         for watch in self._watches:
             watch.lock = threading.RLock()
@@ -505,14 +457,6 @@ def _begin_children() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_children)
-
-
-def _is_one_of_several_ranks() -> bool:
-    """Ranks of one launch may have to take part in each other's forwards: all of them compute what all of them miss."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        return True
-    distributed = sys.modules.get("torch.distributed")
-    return bool(distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def _size_bytes(result: Result) -> int:

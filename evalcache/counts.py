@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from evalcache.digest import Digest
@@ -24,3 +25,18 @@ class Counts:
     overhead: Counter[str] = field(default_factory=Counter)
     models: dict[str, Digest] = field(default_factory=dict)
     not_stored: int = 0
+
+    def add(self, outcomes: Iterable[str], reasons: Iterable[str], seconds: Iterable[float | None]) -> None:
+        """Count what became of requests, one of each column for each; see `journal.LookedUp`."""
+        for outcome, reason, cost_s in zip(outcomes, reasons, seconds, strict=True):
+            if outcome == "duplicate":
+                self.duplicates += 1
+                self.duplicate_seconds += cost_s or 0.0
+            elif outcome == "hit":
+                self.hits += 1
+                self.credited_seconds += cost_s or 0.0
+            elif outcome == "uncacheable":
+                self.uncacheable[reason] += 1
+            else:
+                self.misses += 1
+                self.spent_seconds += cost_s or 0.0

@@ -61,6 +61,7 @@ LEVELS = {
     "tables": 3.5,  # events and entries → rows of the ledger
     "intake": 3.8,  # these on their way into the tables
     "store": 4,
+    "outbox": 4.2,  # what a run has to tell, until it is committed
     "ledger": 4,
     "cache": 5,
     "audit": 5,
