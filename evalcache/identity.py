@@ -25,6 +25,7 @@ from evalcache.manifest import Manifest
 from evalcache.sidetable import SideTable
 
 _FORMAT = "evalcache checkpoint 1"
+_ADAPTER_FORMAT = "evalcache adapter 1"
 _INDEX_FORMAT = "evalcache loaded 1"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -92,7 +93,7 @@ def identify_checkpoint(
     files: dict[str, Digest] = {}
     if (root / _ADAPTER_CONFIG).is_file():
         files[_ADAPTER_CONFIG] = _adapter_config_digest(root)
-        files["adapter"] = fingerprint_checkpoint(_adapter_weights(root), **reading).root
+        files["adapter"] = fingerprint_checkpoint(adapter_weights(root), **reading).root
         if not (root / "config.json").is_file():
             base = identify_checkpoint(_base_folder(root), variant=variant, use_safetensors=use_safetensors, **reading)
             return CheckpointIdentity(base.tensors, files | {"base": base.digest})
@@ -106,6 +107,20 @@ def identify_checkpoint(
     manifest = fingerprint_checkpoint(root, variant=variant, use_safetensors=use_safetensors, **reading)
     files |= _inferred_dtype(root, weights, manifest)
     return CheckpointIdentity(manifest.root, files)
+
+
+def identify_adapter(path: str | os.PathLike[str], *, memo: FileMemo | None = None, rehash: bool = False) -> Digest:
+    """What PEFT makes an adapter of: its tensors and its config, whichever base that names.
+
+    Args:
+        path: a folder with an ``adapter_config.json``. memo, rehash: as in `fingerprint_checkpoint`.
+
+    Raises:
+        CheckpointError: something is missing or broken.
+    """
+    root = Path(path)
+    tensors = fingerprint_checkpoint(adapter_weights(root), memo=FileMemo() if memo is None else memo, rehash=rehash)
+    return digest_canonical([_ADAPTER_FORMAT, _adapter_config_digest(root).value, tensors.root.value])
 
 
 def _config_files(root: Path) -> dict[str, Digest]:
@@ -166,7 +181,12 @@ def _adapter_config_digest(root: Path) -> Digest:
     return _config_digest(root / _ADAPTER_CONFIG, config)
 
 
-def _adapter_weights(root: Path) -> Path:
+def adapter_weights(root: Path) -> Path:
+    """The file of an adapter's tensors that PEFT reads.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     for name in _ADAPTER_WEIGHTS:
         if (root / name).is_file():
             return root / name

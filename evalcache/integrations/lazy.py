@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from evalcache.attributes import AttributeEncoder, is_config
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.digest import Digest
-from evalcache.errors import FingerprintError
+from evalcache.errors import EvalCacheError, FingerprintError
 from evalcache.manifest import Manifest
 from evalcache.weights import library_digests
 
@@ -45,9 +46,8 @@ class LazyModel:
     Made by `load`, never by hand.
     """
 
-    def __init__(self, cache: Cache, cls: type, wake: Callable[[], Any], hollow: Any, record: dict[str, Any]) -> None:
-        own = object.__getattribute__(self, "__dict__")
-        own["_lazy"] = Sleep(cache, cls, wake, hollow, record)
+    def __init__(self, sleep: Sleep) -> None:
+        object.__getattribute__(self, "__dict__")["_lazy"] = sleep
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -55,13 +55,13 @@ class LazyModel:
 
     def __getattr__(self, name: str) -> Any:
         sleep: Sleep = object.__getattribute__(self, "__dict__")["_lazy"]
-        if sleep.real is None:
+        if sleep.real is None and not (sleep.above and name not in ("config", "generation_config")):
             if name in _HOLLOW:
                 # What the hollow model lacks (a version may set more while it loads) is asked of the real one.
                 with contextlib.suppress(AttributeError):
                     return getattr(sleep.hollow, name)
             found = sleep.answer(self, name)
-            if found is not _UNKNOWN:
+            if found is not UNKNOWN:
                 return found
             if sleep.lacks(name):
                 raise AttributeError(f"{sleep.cls.__name__!r} object has no attribute {name!r}")
@@ -69,7 +69,7 @@ class LazyModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         sleep: Sleep = object.__getattribute__(self, "__dict__")["_lazy"]
-        if sleep.real is None and name == "generation_config":
+        if sleep.real is None and name == "generation_config" and not sleep.adapted:
             setattr(sleep.hollow, name, value)
         elif name == "generate":
             object.__getattribute__(self, "__dict__")[name] = value
@@ -99,23 +99,37 @@ class LazyModel:
 
 
 class Sleep:
-    """What a `LazyModel` knows, and how it wakes."""
+    """What a `LazyModel` knows, and how it wakes.
 
-    def __init__(self, cache: Cache, cls: type, wake: Callable[[], Any], hollow: Any, record: dict[str, Any]) -> None:
+    Args:
+        cls: of the model. wake: loads it. hollow: an instance of a transformers class with a config and no weights.
+        record: what an earlier load told. key: under which the record lies.
+    """
+
+    adapted = False
+    """Whether this is a model of PEFT's around another one, whose config and settings it uses."""
+
+    def __init__(
+        self, cache: Cache, cls: type, wake: Callable[[], Any], hollow: Any, record: dict[str, Any], key: Digest
+    ) -> None:
         self.cache = cache
         self.cls = cls
         self.real: Any = None
         self.hollow = hollow
+        self.key = key
+        self.above: list[Sleep] = []
+        """What was put into this model since: adapters change it in its place, so that nothing is known of it any more."""
         self.device = torch.device(record["device"])
         self.dtype = getattr(torch, record["dtype"])
         self._load = wake
-        self._record = record
+        self.record = record
         self._config_digest = config_digest(hollow.config)
         self._manifest: Manifest | None = None
+        self._grad = torch.is_grad_enabled()
         self._lock = threading.RLock()
 
     def answer(self, model: LazyModel, name: str) -> Any:
-        """An attribute that needs no weights, else `_UNKNOWN`."""
+        """An attribute that needs no weights, else `UNKNOWN`."""
         if name in ("device", "dtype"):
             return getattr(self, name)
         if name == "training":
@@ -128,13 +142,14 @@ class Sleep:
             return self._count
         if name == "to":
             return lambda *args, **kwargs: self._to(model, args, kwargs)
-        value = _UNKNOWN if name in _OF_INSTANCES else getattr(self.cls, name, _UNKNOWN)
+        own = name in _OF_INSTANCES or name in self.record.get("names", ())
+        value = UNKNOWN if own else getattr(self.cls, name, UNKNOWN)
         plain = value is None or isinstance(value, (bool, int, float, str, tuple, list, frozenset, set, dict))
-        return value if plain else _UNKNOWN
+        return value if plain else UNKNOWN
 
     def lacks(self, name: str) -> bool:
         """Whether the model is sure to have no such attribute: asking for it (``hasattr``) needs no weights either."""
-        names = self._record.get("names")
+        names = self.record.get("names")
         ours = getattr(self.cls, "__getattr__", None) is torch.nn.Module.__getattr__
         return names is not None and ours and name not in names and not hasattr(self.cls, name)
 
@@ -161,32 +176,70 @@ class Sleep:
             if self.real is None:
                 states = torch.get_rng_state()
                 began = time.perf_counter()
-                real = self._load()
-                torch.set_rng_state(states)  # a sleeping model draws nothing
-                if real.device != self.device and self.device.type != "meta":
-                    real = real.to(self.device)
-                self.cache.loaded(Digest(self._record["root"]), time.perf_counter() - began)
-                _hand_over(self.hollow.config, real.config)
-                if "generation_config" in vars(self.hollow):  # not where a model cannot generate
-                    real.generation_config = self.hollow.generation_config
-                self.real = real
+                # Weights that are made in inference mode could never be trained or changed.
+                with torch.inference_mode(False), torch.set_grad_enabled(self._grad):
+                    real = self._load()
+                    if real.device != self.device and self.device.type != "meta":
+                        real = real.to(self.device)
+                    self._settle(real, time.perf_counter() - began)
+                    self.real = real
+                    try:
+                        for one in self.above:
+                            one.wake()
+                    except BaseException:
+                        self.real = None  # without its adapter it would be another model
+                        raise
+                    finally:
+                        torch.set_rng_state(states)  # a sleeping model draws nothing
             return self.real
+
+    def become(self, key: Digest, record: dict[str, Any], load: Callable[[Callable[[], Any]], Any]) -> bool:
+        """Be what a known change makes of this model, if nothing speaks against it; says so.
+
+        Args:
+            load: loads it, given how it was loaded so far.
+        """
+        old = self.key, self.record, self._manifest
+        self.key, self.record, self._manifest = key, record, None
+        try:
+            sure = self.manifest() is not None
+        except EvalCacheError:
+            sure = False
+        if sure:
+            self._load = functools.partial(load, self._load)
+        else:
+            self.key, self.record, self._manifest = old
+        return sure
+
+    def trust_config(self) -> None:
+        """The config as it is now is the one that was promised."""
+        self._config_digest = config_digest(self.hollow.config)
+
+    def _settle(self, real: Any, seconds: float) -> None:
+        """The weights are there: count it, and hand over what was set meanwhile."""
+        self.cache.loaded(Digest(self.record["root"]), seconds)
+        _hand_over(self.hollow.config, real.config)
+        if "generation_config" in vars(self.hollow):  # not where a model cannot generate
+            real.generation_config = self.hollow.generation_config
 
     def manifest(self) -> Manifest | None:
         """What the model would be if it were loaded now; None if that is not sure any more, and it has to be loaded."""
+        if self.above:
+            return None
         if self._manifest is None:
-            data = self.cache.get_object(f"model/{Digest(self._record['root']).hex}")
+            data = self.cache.get_object(f"model/{Digest(self.record['root']).hex}")
             if data is None:
                 return None
             self._manifest = Manifest.from_bytes(data)
         if config_digest(self.hollow.config) != self._config_digest:
             return None
-        if library_digests(self._record["classes"]) != self._record["code"]:
+        if library_digests(self.record["classes"]) != self.record["code"]:
             return None
         return self._manifest
 
 
-_UNKNOWN = object()
+UNKNOWN = object()
+"""The answer to what only the loaded model can say."""
 
 
 def sleep_of(model: Any) -> Sleep:

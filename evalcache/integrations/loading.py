@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
 from evalcache.filememo import FileMemo
 from evalcache.identity import CheckpointIndex, identify_checkpoint
-from evalcache.integrations.lazy import LazyModel, config_digest, is_same, sleep_of
+from evalcache.integrations.lazy import LazyModel, Sleep, config_digest, is_same, sleep_of
 from evalcache.weights import fingerprint, library_digests
 
 # Arguments that choose where files come from or how loading goes, and never what is loaded.
@@ -53,6 +54,7 @@ _NOTHING = frozenset(
 )
 _VERSIONS = ("transformers", "torch", "accelerate", "peft", "bitsandbytes", "torchao", "optimum", "optimum-quanto", "safetensors")
 _loading = threading.local()
+_loaded: weakref.WeakKeyDictionary[Any, tuple[Digest, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,9 +69,9 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
         kwargs.pop("output_loading_info", None)  # we ask for it ourselves
     _loading.active = True
     try:
-        known = _guarded(cache, lambda: _Checkpoint.find(cache, cls, path, args, kwargs))
+        known = guarded(cache, lambda: _Checkpoint.find(cache, cls, path, args, kwargs))
         if known is not None and cache.policy.reads:
-            lazy = _guarded(cache, lambda: known.lazy(original))
+            lazy = guarded(cache, lambda: known.lazy(original))
             if lazy is not None:
                 return lazy
         began = time.perf_counter()
@@ -83,13 +85,29 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
         # What was made up at random while loading, or with draws from the script's generator, cannot be promised.
         complete = not any(told.get(name) for name in ("missing_keys", "mismatched_keys", "error_msgs"))
         if complete and torch.equal(states, torch.get_rng_state()) and cache.policy.writes:
-            _guarded(cache, lambda: known.remember(model))
+            guarded(cache, lambda: known.remember(model))
         return model
     finally:
         _loading.active = False
 
 
-def _guarded(cache: Cache, step: Callable[[], Any]) -> Any:
+def known_as(model: Any) -> tuple[Digest, dict[str, Any]] | None:
+    """The key and the record under which a model was written down; one that is awake may have changed since."""
+    if type(model) is LazyModel:
+        sleep = sleep_of(model)
+        return None if sleep.adapted or sleep.above else (sleep.key, sleep.record)
+    return _loaded.get(model) if isinstance(model, torch.nn.Module) else None
+
+
+def note(model: Any, key: Digest, record: dict[str, Any]) -> None:
+    """From here on a model is known as another one."""
+    if type(model) is LazyModel:
+        sleep_of(model).key, sleep_of(model).record = key, record
+    else:
+        _loaded[model] = key, record
+
+
+def guarded(cache: Cache, step: Callable[[], Any]) -> Any:
     """One step of ours around a load; whatever fails in it, the load goes on without it."""
     began = time.perf_counter()
     try:
@@ -112,7 +130,7 @@ class _Checkpoint:
         self.identity = self._identify()
         config = kwargs.get("config")
         given = {
-            name: _argument(value)
+            name: argument(value)
             for name, value in kwargs.items()
             if name not in _NEVER and not (value is None and name in _NOTHING)
         }
@@ -122,11 +140,9 @@ class _Checkpoint:
                 f"{cls.__module__}.{cls.__qualname__}",
                 given,
                 b"" if config is None else config_digest(config),
-                {name: found for name in _VERSIONS if (found := version_of_distribution(name))},
-                [str(torch.get_default_dtype()), str(torch.get_default_device())],
                 # Where a map puts a model depends on what is there.
                 torch.cuda.device_count() if kwargs.get("device_map") is not None else 0,
-                sys.version_info[:2],
+                *runtime(),
             ]
         )
 
@@ -142,7 +158,7 @@ class _Checkpoint:
         given = {name: _without_nothing(kwargs.get(name)) for name in _UNKNOWABLE}
         if any(given.values()):
             return None
-        folder = _folder(path, kwargs)
+        folder = folder_of(path, kwargs)
         if folder is None or (folder / "adapter_config.json").exists() or isinstance(kwargs.get("config"), (str, os.PathLike)):
             return None
         try:
@@ -169,20 +185,8 @@ class _Checkpoint:
 
         # As it was asked for: the script may change its config, its working directory or the default device before it wakes.
         kwargs = copy.deepcopy(self.kwargs)
-        folder = os.path.realpath(self.path) if os.path.isdir(self.path) else None
-        device = torch.get_default_device()
-
-        def wake() -> Any:
-            _loading.active = True
-            moved = folder is not None and os.path.realpath(self.path) != folder
-            elsewhere = torch.get_default_device() != device
-            try:
-                with device if elsewhere else contextlib.nullcontext():
-                    return original(folder if moved else self.path, *self.args, **kwargs)
-            finally:
-                _loading.active = False
-
-        model = LazyModel(self.cache, self.cls, wake, hollow, record)
+        load = later(self.path, lambda path: original(path, *self.args, **kwargs))
+        model = LazyModel(Sleep(self.cache, self.cls, load, hollow, record, self.key))
         try:
             return model if sleep_of(model).manifest() is not None else None
         except EvalCacheError:
@@ -192,19 +196,12 @@ class _Checkpoint:
         """Write down what was loaded. Silently not, where that cannot be told exactly."""
         try:
             manifest = fingerprint(model)
-            classes = sorted({f"{type(m).__module__}:{type(m).__qualname__}" for m in model.modules()})
             config = self.kwargs.get("config") or type(model).config_class.from_pretrained(self.folder)
-            record = {
-                "root": manifest.root.value,
-                "classes": classes,
-                "code": library_digests(classes),
-                "names": sorted({*vars(model), *model._parameters, *model._buffers, *model._modules}),
-                "config": _changes(config, model.config),
-                "generation": {n: v for n, v in model.generation_config.to_dict().items() if v is not None}
-                if model.can_generate()
-                else {},
-                "device": str(model.device),
-                "dtype": str(model.dtype).removeprefix("torch."),
+            generation = model.generation_config.to_dict() if model.can_generate() else {}
+            record = describe(model, manifest) | {
+                "names": names_of(model),
+                "config": changed(config, model.config),
+                "generation": {name: value for name, value in generation.items() if value is not None},
             }
             hollow = _hollow(self.cls, self.folder, self.path, self.kwargs, record)
             same = (
@@ -215,8 +212,55 @@ class _Checkpoint:
             if same and self._identify() == self.identity:
                 self.cache.put_object(f"model/{manifest.root.hex}", manifest.to_bytes())
                 self.index.remember(self.key, record)
+                note(model, self.key, record)
         except (EvalCacheError, OSError, ValueError, TypeError, AttributeError):
             return  # it will be loaded again next time: slower, and as right
+
+
+def runtime() -> list[Any]:
+    """What beside files and arguments decides what a load makes of them."""
+    return [
+        {name: found for name in _VERSIONS if (found := version_of_distribution(name))},
+        [str(torch.get_default_dtype()), str(torch.get_default_device())],
+        sys.version_info[:2],
+    ]
+
+
+def later(path: Any, load: Callable[[Any], Any]) -> Callable[[], Any]:
+    """``load`` of a path, to be called once the script may have changed its working directory and torch's defaults."""
+    folder = os.path.realpath(path) if os.path.isdir(path) else None
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+
+    def wake() -> Any:
+        moved = folder is not None and os.path.realpath(path) != folder
+        now, outer = torch.get_default_dtype(), getattr(_loading, "active", False)
+        _loading.active = True
+        torch.set_default_dtype(dtype)
+        try:
+            with device if torch.get_default_device() != device else contextlib.nullcontext():
+                return load(folder if moved else path)
+        finally:
+            torch.set_default_dtype(now)
+            _loading.active = outer
+
+    return wake
+
+
+def describe(model: Any, manifest: Any) -> dict[str, Any]:
+    """What has to be known of a model so that it may sleep next time."""
+    classes = sorted({f"{type(m).__module__}:{type(m).__qualname__}" for m in model.modules()})
+    return {
+        "root": manifest.root.value,
+        "classes": classes,
+        "code": library_digests(classes),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def names_of(module: torch.nn.Module) -> list[str]:
+    """The attributes that a module itself has."""
+    return sorted({*vars(module), *module._parameters, *module._buffers, *module._modules})
 
 
 def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: dict[str, Any]) -> Any:
@@ -226,7 +270,7 @@ def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: d
     try:
         config = kwargs.get("config")
         config = copy.deepcopy(config) if config is not None else cls.config_class.from_pretrained(folder)
-        _apply(config, record["config"])
+        apply(config, record["config"])
         config._name_or_path = str(path)
         hollow = cls.__new__(cls)
         torch.nn.Module.__init__(hollow)
@@ -239,13 +283,13 @@ def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: d
     return hollow
 
 
-def _changes(before: Any, after: Any) -> list[list[Any]]:
+def changed(before: Any, after: Any) -> list[list[Any]]:
     """What loading has set in a config, by attribute; in the configs inside of it too."""
     changes = []
     for name, value in vars(after).items():
         known = vars(before).get(name)
         if is_config(value) and type(known) is type(value):
-            if inside := _changes(known, value):
+            if inside := changed(known, value):
                 changes.append([name, ["config", inside]])
         elif name != "_name_or_path" and not (name in vars(before) and is_same(known, value)):
             dtype = isinstance(value, torch.dtype)
@@ -253,26 +297,27 @@ def _changes(before: Any, after: Any) -> list[list[Any]]:
     return changes
 
 
-def _apply(config: Any, changes: list[list[Any]]) -> None:
+def apply(config: Any, changes: list[list[Any]]) -> None:
+    """Make the `changed` ones again."""
     for name, (kind, content) in changes:
         if kind == "config":
-            _apply(vars(config)[name], content)
+            apply(vars(config)[name], content)
         else:
             setattr(config, name, getattr(torch, content) if kind == "dtype" else content)
 
 
-def _argument(value: Any) -> Any:
+def argument(value: Any) -> Any:
     """A load argument as a canonical value, or `CanonicalError`."""
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value).removeprefix("torch.")
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, dict):
-        return {str(key): _argument(item) for key, item in value.items()}
+        return {str(key): argument(item) for key, item in value.items()}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if any(cls.__name__ == "QuantizationConfigMixin" for cls in type(value).__mro__):
-        return [type(value).__qualname__, _argument(value.to_dict())]
+        return [type(value).__qualname__, argument(value.to_dict())]
     raise CanonicalError(f"load argument of type {type(value).__name__}", path="arguments", found=type(value).__name__)
 
 
@@ -283,7 +328,7 @@ def _without_nothing(value: Any) -> Any:
     return {name: item for name, item in value.items() if item is not None and name not in ("revision", "token")}
 
 
-def _folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
+def folder_of(path: Any, kwargs: dict[str, Any], file: str = "config.json") -> Path | None:
     """Where the files are: a folder, or a snapshot in the hub's cache."""
     folder = Path(path)
     if folder.is_dir():
@@ -293,7 +338,7 @@ def _folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
     try:
         found = cached_file(
             str(path),
-            "config.json",
+            file,
             cache_dir=kwargs.get("cache_dir"),
             revision=kwargs.get("revision") or "main",
             local_files_only=True,

@@ -24,7 +24,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.code import ORIGINAL
 from evalcache.environment import describe_environment, device_name
 from evalcache.errors import UncacheableError
-from evalcache.integrations import generation, lazy, loading, outputs, streaming
+from evalcache.integrations import generation, lazy, loading, loading_adapters, outputs, steps, streaming
 from evalcache.integrations.enginelogs import Told, buffered_logs
 from evalcache.integrations.generation import Call, Traits
 from evalcache.integrations.probe import probe
@@ -111,6 +111,17 @@ def _patch_loading() -> None:
 
     _replace(PreTrainedModel, "from_pretrained", make)
 
+    def make_resize(original: Any) -> Callable[..., Any]:
+        def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            seam = _installed
+            if seam is None or seam.cache.policy is Policy.OFF:
+                return original(lazy.awake(self), *args, **kwargs)
+            return steps.resize(seam.cache, self, original, args, kwargs)
+
+        return patched
+
+    _replace(PreTrainedModel, "resize_token_embeddings", make_resize)
+
 
 def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put ``make(original)`` in the place of a method, unless ours is there, or somebody's above ours."""
@@ -125,7 +136,8 @@ def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callab
 
 
 def _patch_peft() -> None:
-    """PEFT's ``generate`` stands above the base model's: prompt-learning adapters live outside of that one."""
+    """PEFT's ``generate`` stands above the base model's: prompt-learning adapters live outside of that one. A known adapter on
+    a sleeping base sleeps, too."""
     module = sys.modules.get("peft.peft_model")
     if module is None or not hasattr(module, "PeftModelForSeq2SeqLM"):
         return
@@ -133,6 +145,18 @@ def _patch_peft() -> None:
         cls = getattr(module, name)
         if "generate" in vars(cls):
             _patch(cls, "generate")
+
+    def make(original: Any) -> Callable[..., Any]:
+        def patched(cls: type, *args: Any, **kwargs: Any) -> Any:
+            seam = _installed
+            bare = functools.partial(original, cls)
+            if seam is None or seam.cache.policy is Policy.OFF:
+                return bare(*args, **kwargs)
+            return seam.asleep(loading_adapters.load(seam.cache, cls, bare, args, kwargs))
+
+        return patched
+
+    _replace(module.PeftModel, "from_pretrained", make)
 
 
 class Seam:
@@ -164,14 +188,22 @@ class Seam:
                 gc.collect()  # modules with hooks are cycles, which the script itself could not collect while we held them
             return original(*args, **kwargs)
 
-        model = loading.load(self.cache, cls, load, path, args, kwargs)
+        return self.asleep(loading.load(self.cache, cls, load, path, args, kwargs))
+
+    def asleep(self, model: Any) -> Any:
+        """A model, if it sleeps with a ``generate`` that is served."""
         if lazy.is_asleep(model):
 
             def bare(*args: Any, **kwargs: Any) -> Any:
                 real = lazy.awake(model)
+                if not hasattr(type(real), "generate"):  # PEFT's model of no task hands it on
+                    real = unwrap(real)
                 return _bare_generate(real)(real, *args, **kwargs)
 
             vars(model)["generate"] = functools.partial(self._generate_asleep, model, bare)
+            resize = getattr(lazy.sleep_of(model).cls, "resize_token_embeddings", None)
+            if any(resize is ours for _, ours in _patched.values()):  # not where a class has its own
+                vars(model)["resize_token_embeddings"] = functools.partial(resize, model)
         return model
 
     def _generate_asleep(self, model: Any, bare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
