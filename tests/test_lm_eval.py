@@ -20,7 +20,7 @@ import duckdb
 import pytest
 import torch
 import words
-from harness_tasks import ALL, DOCUMENTS, REQUESTS, TEXTS, make_model, make_tasks
+from harness_tasks import ALL, DOCUMENTS, REQUESTS, make_model, make_tasks
 
 import evalcache
 from evalcache.code import ORIGINAL
@@ -404,140 +404,6 @@ def test_the_seams_of_the_tested_version_are_where_they_were() -> None:
 
     assert version_of_client(LM_EVAL) in LM_EVAL.tested
     assert LM_EVAL.faults() == []
-
-
-# --- variants of a model ---------------------------------------------------------------------------------------------------
-
-
-def head_tuned(folder: Path) -> str:
-    edit(folder, lambda model: model.lm_head.weight.data.mul_(1.01))
-    return ""
-
-
-def one_ulp(folder: Path) -> str:
-    def nudge(model: Any) -> None:
-        weight = model.model.layers[0].mlp.up_proj.weight.data
-        weight[1, 1] = torch.nextafter(weight[1, 1], torch.tensor(9.0))
-
-    edit(folder, nudge)
-    return ""
-
-
-def edit(folder: Path, change: Callable[[Any], Any], **saving: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    change(model)
-    for old in folder.glob("*.safetensors*"):
-        old.unlink()
-    model.save_pretrained(folder, **saving)
-
-
-def sharded(folder: Path) -> str:
-    edit(folder, lambda model: None, max_shard_size="50KB")
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return ""
-
-
-def as_bin(folder: Path) -> str:
-    from safetensors.torch import load_file
-
-    (file,) = folder.glob("*.safetensors")
-    torch.save(load_file(file), folder / "pytorch_model.bin")
-    file.unlink()
-    return ""
-
-
-def config_of(name: str, **values: Any) -> Callable[[Path], str]:
-    def change(folder: Path) -> str:
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-        return ""
-
-    return change
-
-
-def other_merges(folder: Path) -> str:
-    words.train_tokenizer(TEXTS, 110).save_pretrained(folder)
-    return ""
-
-
-def other_template(folder: Path) -> str:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = words.CHAT_TEMPLATE.replace(": ", " says: ")
-    tokenizer.save_pretrained(folder)
-    return ""
-
-
-def half(folder: Path) -> str:
-    edit(folder, lambda model: model.to(torch.bfloat16))
-    return ",dtype=bfloat16"
-
-
-def lora(folder: Path) -> str:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
-    model.save_pretrained(folder / "adapter")
-    return f",peft={folder / 'adapter'}"
-
-
-def merged(folder: Path) -> str:
-    lora(folder)
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder / "adapter")
-    shutil.rmtree(folder / "adapter")
-    for old in folder.glob("*.safetensors*"):
-        old.unlink()
-    model.merge_and_unload().save_pretrained(folder)
-    return ""
-
-
-ALL_HIT, NONE_HITS = "all", "none"
-VARIANTS: dict[str, tuple[Callable[[Path], str], str]] = {
-    "moved": (lambda folder: "", ALL_HIT),
-    "sharded": (sharded, ALL_HIT),
-    "bin": (as_bin, ALL_HIT),
-    "head tuned": (head_tuned, NONE_HITS),
-    "one ulp": (one_ulp, NONE_HITS),
-    "rope theta": (config_of("config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0}), NONE_HITS),
-    "generation config": (config_of("generation_config.json", repetition_penalty=1.7), "log-likelihoods"),
-    "chat template": (other_template, ALL_HIT),  # nothing of it is in these prompts
-    "merges": (other_merges, NONE_HITS),
-    "bfloat16": (half, NONE_HITS),
-    "lora": (lora, NONE_HITS),
-    "merged": (merged, NONE_HITS),
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_of_a_model(here: Here, store_folder: Path, tmp_path: Path, variant: str) -> None:
-    make, expected = VARIANTS[variant]
-    tasks = ("tiny_mc", "tiny_ppl", "tiny_gen")
-    _, told = run(here, store_folder, tasks=tasks)
-    whole = told.misses
-    folder = tmp_path / "variant"
-    shutil.copytree(here.model, folder)
-    args = make(folder)
-    bare = evaluate(here, folder, tasks=tasks, args=args)
-    for turn in range(2):
-        results, told = run(here, store_folder, folder, tasks=tasks, args=args)
-        assert_same(answers(results), answers(bare))
-        assert told.uncacheable == {}
-        hits = {ALL_HIT: whole, NONE_HITS: 0, "log-likelihoods": whole - REQUESTS["tiny_gen"]}[expected] if turn == 0 else whole
-        if variant != "merges":
-            assert (told.hits, told.misses) == (hits, whole - hits)
-        elif turn == 0:  # other ids in most requests, and other windows
-            assert told.misses > whole / 2
-        else:
-            assert told.misses == 0
 
 
 # --- processes --------------------------------------------------------------------------------------------------------------
