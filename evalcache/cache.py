@@ -39,7 +39,7 @@ from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
 from evalcache.outbox import Outbox
 from evalcache.provenance import describe_run
-from evalcache.records import Action, Entry, Hit, Miss, Policy, Result
+from evalcache.records import Action, Entry, Hit, Lookup, Miss, Policy, Result
 from evalcache.serving import Labels, Made, Serving, Told
 from evalcache.store import Store
 from evalcache.watch import Batch, Watch
@@ -124,14 +124,12 @@ class Cache:
             FingerprintError: the model cannot be hashed exactly now; what waited is not stored.
         """
         with watch.lock:
-            kind = "fingerprint" if watch.manifest is None else "checks"
             try:
-                manifest = watch.read()
+                with self.counts.taking("fingerprint" if watch.manifest is None else "checks"):
+                    manifest = watch.read()
             except FingerprintError:
                 self._drop(watch)
                 raise
-            finally:
-                self.counts.overhead[kind] += watch.read_seconds
             self._settle(watch, manifest)
             self._meet(watch, manifest)
             return manifest
@@ -183,16 +181,11 @@ class Cache:
 
         What was put is kept although the block raises.
         """
-        began, looked_at = time.perf_counter(), time.time()
-        keys = keys_of(actions)
-        keyed = time.perf_counter()
-        distinct = list(dict.fromkeys(keys))
-        found = self._read(distinct) if self.policy.reads else {}
-        lookups = {key: decide(self.policy, key, found.get(key)) for key in distinct}
-        if all_or_none and not all(isinstance(lookup, Hit) for lookup in lookups.values()):
-            lookups = {key: Miss("batch") if isinstance(lookup, Hit) else lookup for key, lookup in lookups.items()}
-        self.counts.overhead["keys"] += keyed - began
-        self.counts.overhead["lookup"] += time.perf_counter() - keyed
+        looked_at = time.time()
+        with self.counts.taking("keys"):
+            keys = keys_of(actions)
+        with self.counts.taking("lookup"):
+            lookups = self._look_up(list(dict.fromkeys(keys)), all_or_none)
 
         def hand_over(made: list[Made], now: bool) -> None:
             if self.policy.writes:
@@ -201,15 +194,16 @@ class Cache:
         serving = Serving(
             actions, keys, lookups, hand_over, max(COMMIT_S, watch.check_seconds / COMMIT_SHARE), labels,
             leases=self._leases(), look=self._look_again, fault=self._outbox.give_up, together=all_or_none, looked_at=looked_at,
+            taking=lambda: self.counts.taking("lookup"),
         )  # fmt: skip
         whole = False
         try:
             yield serving
             whole = True
         finally:
-            serving.close()
-            self.counts.overhead["lookup"] += serving.waited_s
-            self._tell_lookups(watch, serving.told(computed_only=not whole), client)
+            with self.counts.taking("lookup"):
+                serving.close()
+                self._tell_lookups(watch, serving.told(computed_only=not whole), client)
 
     def uncacheable(
         self, reason: str, detail: str = "", *, requests: int = 1, seconds: float | None = None, client: str = ""
@@ -347,13 +341,13 @@ class Cache:
             return
         began = time.perf_counter()
         try:
-            Ledger(self.ledger_path).sync(self.store)
+            with self.counts.taking("sync"):
+                Ledger(self.ledger_path).sync(self.store)
         except LedgerLockedError:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:
             warnings.warn(f"the ledger was not brought up to date: {error}", EvalCacheWarning, stacklevel=2)
         self._sync_seconds = time.perf_counter() - began
-        self.counts.overhead["sync"] += self._sync_seconds
         self._synced_at = time.monotonic()
 
     # --- inside --------------------------------------------------------------------------------------------------------
@@ -370,11 +364,15 @@ class Cache:
         alone = self.policy is not Policy.USE or self._outbox.broken or is_one_of_several_ranks()
         return None if alone else self.store.leases
 
+    def _look_up(self, keys: list[Digest], all_or_none: bool) -> dict[Digest, Lookup]:
+        found = self._read(keys) if self.policy.reads else {}
+        lookups = {key: decide(self.policy, key, found.get(key)) for key in keys}
+        if all_or_none and not all(isinstance(lookup, Hit) for lookup in lookups.values()):
+            return {key: Miss("batch") if isinstance(lookup, Hit) else lookup for key, lookup in lookups.items()}
+        return lookups
+
     def _look_again(self, keys: list[Digest]) -> dict[Digest, Hit]:
-        began = time.perf_counter()
-        found = {key: Hit(entry) for key, entry in self._read(keys).items() if isinstance(entry, Entry)}
-        self.counts.overhead["lookup"] += time.perf_counter() - began
-        return found
+        return {key: Hit(entry) for key, entry in self._read(keys).items() if isinstance(entry, Entry)}
 
     def _meet(self, watch: Watch, manifest: Manifest) -> None:
         with self._lock:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from evalcache.digest import Digest
 
+_adding = threading.Lock()
+
+
+class _Inner(threading.local):
+    """Seconds that were counted within each block that this thread is in."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
 
 @dataclass
 class Counts:
-    """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root."""
+    """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root.
+
+    ``overhead``: seconds that evalcache itself took, by kind (`journal.OVERHEAD_KINDS`); see `taking`.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -25,6 +40,27 @@ class Counts:
     overhead: Counter[str] = field(default_factory=Counter)
     models: dict[str, Digest] = field(default_factory=dict)
     not_stored: int = 0
+    _inner: _Inner = field(default_factory=lambda: _Inner())
+
+    @contextlib.contextmanager
+    def taking(self, kind: str) -> Iterator[None]:
+        """Count what the block takes as seconds of ours, without what is counted within it: no second counts twice.
+
+        An empty kind is not ours: the model's loading, computing. Cost: about 2 µs.
+        """
+        inner = self._inner.seconds
+        inner.append(0.0)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took_s = time.perf_counter() - began
+            inside_s = inner.pop()
+            if inner:
+                inner[-1] += took_s
+            if kind:
+                with _adding:
+                    self.overhead[kind] += took_s - inside_s
 
     def add(self, outcomes: Iterable[str], reasons: Iterable[str], seconds: Iterable[float | None]) -> None:
         """Count what became of requests, one of each column for each; see `journal.LookedUp`."""

@@ -77,7 +77,10 @@ class Outbox:
         if self.broken or not self._writes:
             self._events.clear()
             return
-        began = time.perf_counter()
+        with self._counts.taking("write"):
+            self._commit(entries)
+
+    def _commit(self, entries: Sequence[tuple[Digest, Action, Result]]) -> None:
         with self._lock:
             if not self.started and (self._events or entries):
                 self.started = True
@@ -96,7 +99,6 @@ class Outbox:
             self._store.commit(list(entries), events, objects, run=self._run, created_at=time.time())
         except EvalCacheError as error:
             self.give_up(error)
-        self._counts.overhead["write"] += time.perf_counter() - began
 
     def give_up(self, error: Exception) -> None:
         """The store does not answer: say so once, and write nothing more."""

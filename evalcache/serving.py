@@ -55,7 +55,7 @@ class Serving:
             where they should be stored now.
         leases: what other processes on the store leave to us, and we to them. look: hits among keys that missed before.
         fault: told of a store that does not answer. together: where one has to be computed, all are.
-        looked_at: Unix seconds before the lookups; None means now.
+        looked_at: Unix seconds before the lookups; None means now. taking: put around all that `claims` does but computing.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Serving:
         fault: Callable[[StoreError], None] = lambda error: None,
         together: bool = False,
         looked_at: float | None = None,
+        taking: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self._actions = actions
         self._keys = keys
@@ -93,8 +94,7 @@ class Serving:
         self._ending = contextlib.ExitStack()
         self._merged = 1
         self._longest_s = 0.0
-        self.waited_s = 0.0
-        """How long `claims` has waited for other processes."""
+        self._taking = taking
 
     @property
     def missing(self) -> list[int]:
@@ -149,6 +149,11 @@ class Serving:
         """Those that are ours to compute; what others compute goes to ``put_off``, and what they have finished is a hit."""
         if self._leases is None:
             return portion
+        with self._taking():
+            return self._lease(portion, put_off)
+
+    def _lease(self, portion: list[int], put_off: list[int]) -> list[int]:
+        assert self._leases is not None
         try:
             ours = self._leases.claim([self._keys[position] for position in portion])
             # After claiming: what was finished in between would be computed again.
@@ -177,6 +182,11 @@ class Serving:
             self._merged = max(1, self._merged // 2)
         if self._leases is None:
             return
+        with self._taking():
+            self._give_up(mine, took_s)
+
+    def _give_up(self, mine: list[int], took_s: float) -> None:
+        assert self._leases is not None
         try:
             if (self._leases.shared or took_s > _ALONE_S) and self._leases.others():
                 self.flush(True)  # others wait for it
@@ -190,7 +200,8 @@ class Serving:
         while waiting:
             mine: list[int] = []
             count = len(waiting)
-            self._find(waiting)
+            with self._taking():
+                self._find(waiting)
             waiting = self._left(waiting)
             if self._leases is None or time.monotonic() - since > self._patience_s():
                 mine, waiting = waiting, []
@@ -202,8 +213,8 @@ class Serving:
             if mine or len(waiting) < count:
                 pause_s, since = _PAUSE_S[0], time.monotonic()
             elif waiting:
-                time.sleep(pause_s)
-                self.waited_s += pause_s
+                with self._taking():
+                    time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_S[1])
 
     def _patience_s(self) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -299,3 +301,21 @@ def test_killed_after_a_commit_nothing_of_it_is_lost(tmp_path):
     assert ask(cache, engine) == expected(engine)
     assert engine.asked == [] and cache.counts.hits == 3
     cache.close()
+
+
+def test_no_second_is_counted_twice():
+    counts = module.Counts()
+    began = time.perf_counter()
+    with counts.taking("lookup"):
+        time.sleep(0.02)
+        with counts.taking("write"):
+            time.sleep(0.03)
+        with counts.taking(""):  # not ours
+            time.sleep(0.04)
+            with counts.taking("checks"), contextlib.suppress(KeyError), counts.taking("sync"):
+                time.sleep(0.01)
+                raise KeyError
+    took_s = time.perf_counter() - began
+    assert counts.overhead.keys() == {"lookup", "write", "checks", "sync"}
+    assert counts.overhead["write"] >= 0.03 and counts.overhead["sync"] >= 0.01 and counts.overhead["lookup"] >= 0.02
+    assert 0.06 <= counts.overhead.total() <= took_s - 0.04

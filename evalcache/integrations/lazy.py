@@ -24,7 +24,8 @@ from evalcache.attributes import AttributeEncoder, is_config
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.digest import Digest
-from evalcache.errors import EvalCacheError, FingerprintError
+from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
+from evalcache.integrations.packing import pack
 from evalcache.manifest import Manifest
 from evalcache.weights import library_digests
 
@@ -172,7 +173,7 @@ class Sleep:
 
     def wake(self) -> Any:
         """Load the weights, once, and hand over what was set meanwhile."""
-        with self._lock:
+        with self._lock, self.cache.counts.taking(""):  # loading is the script's own work
             if self.real is None:
                 states = torch.get_rng_state()
                 began = time.perf_counter()
@@ -259,7 +260,7 @@ def awake(model: Any) -> Any:
 
 def config_digest(config: Any) -> bytes:
     """Digest of a config as the manifest sees it, with its kernels and dtype."""
-    encoder = AttributeEncoder(_class_name, _refuse)
+    encoder = AttributeEncoder(_class_name, _packed)
     kernels = [getattr(config, "_attn_implementation", None), getattr(config, "_experts_implementation", None)]
     return digest_canonical([encoder.config_value(config, "config"), [str(kernel) for kernel in kernels]]).value
 
@@ -268,10 +269,11 @@ def _class_name(value: Any, path: str) -> Any:
     return ["class", f"{value.__module__}.{value.__qualname__}"]
 
 
-def _refuse(value: Any, path: str) -> Any:
-    if isinstance(value, torch.dtype):
-        return ["torch", str(value)]
-    raise FingerprintError(path, f"a {type(value).__name__} in a config")
+def _packed(value: Any, path: str) -> Any:
+    try:
+        return ["packed", pack(value)]
+    except CanonicalError as error:
+        raise FingerprintError(path, f"a {type(value).__name__} in a config") from error
 
 
 def is_same(left: Any, right: Any) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import enum
 import os
 import sys
 import threading
@@ -29,6 +28,7 @@ from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
 from evalcache.filememo import FileMemo
 from evalcache.identity import CheckpointIndex, identify_checkpoint
 from evalcache.integrations.lazy import LazyModel, Sleep, config_digest, is_same, sleep_of
+from evalcache.integrations.packing import name_of, pack, unpack
 from evalcache.weights import fingerprint, library_digests
 
 # Arguments that choose where files come from or how loading goes, and never what is loaded.
@@ -109,14 +109,12 @@ def note(model: Any, key: Digest, record: dict[str, Any]) -> None:
 
 def guarded(cache: Cache, step: Callable[[], Any]) -> Any:
     """One step of ours around a load; whatever fails in it, the load goes on without it."""
-    began = time.perf_counter()
     try:
-        return step()
+        with cache.counts.taking("fingerprint"):
+            return step()
     except Exception as error:
         cache.warn(f"a checkpoint is loaded as if evalcache were not there: {type(error).__name__}: {error}")
         return None
-    finally:
-        cache.counts.overhead["fingerprint"] += time.perf_counter() - began
 
 
 class _Checkpoint:
@@ -130,14 +128,12 @@ class _Checkpoint:
         self.identity = self._identify()
         config = kwargs.get("config")
         given = {
-            name: argument(value)
-            for name, value in kwargs.items()
-            if name not in _NEVER and not (value is None and name in _NOTHING)
+            name: pack(value) for name, value in kwargs.items() if name not in _NEVER and not (value is None and name in _NOTHING)
         }
         self.key = digest_canonical(
             [
                 self.identity.value,
-                f"{cls.__module__}.{cls.__qualname__}",
+                name_of(cls),
                 given,
                 b"" if config is None else config_digest(config),
                 # Where a map puts a model depends on what is there.
@@ -248,7 +244,7 @@ def later(path: Any, load: Callable[[Any], Any]) -> Callable[[], Any]:
 
 def describe(model: Any, manifest: Any) -> dict[str, Any]:
     """What has to be known of a model so that it may sleep next time."""
-    classes = sorted({f"{type(m).__module__}:{type(m).__qualname__}" for m in model.modules()})
+    classes = sorted({name_of(type(one)) for one in model.modules()})
     return {
         "root": manifest.root.value,
         "classes": classes,
@@ -292,8 +288,7 @@ def changed(before: Any, after: Any) -> list[list[Any]]:
             if inside := changed(known, value):
                 changes.append([name, ["config", inside]])
         elif name != "_name_or_path" and not (name in vars(before) and is_same(known, value)):
-            dtype = isinstance(value, torch.dtype)
-            changes.append([name, ["dtype", str(value).removeprefix("torch.")] if dtype else ["value", value]])
+            changes.append([name, ["value", pack(value)]])
     return changes
 
 
@@ -303,22 +298,7 @@ def apply(config: Any, changes: list[list[Any]]) -> None:
         if kind == "config":
             apply(vars(config)[name], content)
         else:
-            setattr(config, name, getattr(torch, content) if kind == "dtype" else content)
-
-
-def argument(value: Any) -> Any:
-    """A load argument as a canonical value, or `CanonicalError`."""
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {str(key): argument(item) for key, item in value.items()}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if any(cls.__name__ == "QuantizationConfigMixin" for cls in type(value).__mro__):
-        return [type(value).__qualname__, argument(value.to_dict())]
-    raise CanonicalError(f"load argument of type {type(value).__name__}", path="arguments", found=type(value).__name__)
+            setattr(config, name, unpack(content))
 
 
 def _without_nothing(value: Any) -> Any:

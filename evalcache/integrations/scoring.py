@@ -162,8 +162,9 @@ def _serve(
     if seam.cache.match == "strict":
         batch = digest_canonical([scoring.batch_tokens, [[pack_tokens(context), pack_tokens(tail)] for context, tail in rows]])
         environment = Environment(Fields(dict(environment.keyed) | {"batch": batch.value}), environment.recorded)
-    contexts = [pack_tokens(context) for context, _ in rows]
-    tails = [{"continuation": pack_tokens(tail)} for _, tail in rows]
+    with seam.cache.counts.taking("keys"):
+        contexts = [pack_tokens(context) for context, _ in rows]
+        tails = [{"continuation": pack_tokens(tail)} for _, tail in rows]
     actions = Actions(manifest.root, "loglikelihood", settings, environment, contexts, tails)
 
     scorers: list[_Scorer] = []

@@ -247,11 +247,13 @@ class Seam:
             UncacheableError: it cannot be keyed.
         """
         try:
-            manifest = self.cache.open(watch)  # may wake it
-            if lazy.is_asleep(model):
-                sleep = lazy.sleep_of(model)
-                return manifest, describe_environment(sleep.hollow, self.cache.match, device=sleep.device.type, dtype=sleep.dtype)
-            return manifest, describe_environment(lazy.awake(model), self.cache.match)
+            with self.cache.counts.taking("keys"):
+                manifest = self.cache.open(watch)  # may wake it
+                if lazy.is_asleep(model):
+                    sleep = lazy.sleep_of(model)
+                    hollow, device, dtype = sleep.hollow, sleep.device.type, sleep.dtype
+                    return manifest, describe_environment(hollow, self.cache.match, device=device, dtype=dtype)
+                return manifest, describe_environment(lazy.awake(model), self.cache.match)
         except UncacheableError:
             raise
         except Exception as error:
@@ -278,25 +280,31 @@ class Seam:
             UncacheableError: it cannot be keyed; whatever fails in here, the bare call still runs.
         """
         try:
-            asleep = lazy.is_asleep(model)
-            inner = model if asleep else unwrap(lazy.awake(model))
-            engine = lazy.sleep_of(model).hollow if asleep else generation.engine_of(lazy.awake(model), arguments)
-            traits = self._find_traits(inner, original, manifest, environment)
-            with buffered_logs() as told:
-                try:
-                    call = generation.resolve(engine, arguments, traits)
-                except UncacheableError:
-                    if not lazy.is_asleep(model):
-                        raise
-                    # Perhaps only because a hollow model has no modules to ask.
-                    call = generation.resolve(generation.engine_of(lazy.awake(model), arguments), arguments, traits)
-            if call.samples:
-                _one_sampling_thread()
-            return call, told
+            with self.cache.counts.taking("keys"):
+                return self._resolve(model, original, manifest, environment, arguments)
         except UncacheableError:
             raise
         except Exception as error:
             raise self._refusal(error) from error
+
+    def _resolve(
+        self, model: Any, original: Callable[..., Any], manifest: Manifest, environment: Environment, arguments: dict[str, Any]
+    ) -> tuple[Call, Told]:
+        asleep = lazy.is_asleep(model)
+        inner = model if asleep else unwrap(lazy.awake(model))
+        engine = lazy.sleep_of(model).hollow if asleep else generation.engine_of(lazy.awake(model), arguments)
+        traits = self._find_traits(inner, original, manifest, environment)
+        with buffered_logs() as told:
+            try:
+                call = generation.resolve(engine, arguments, traits)
+            except UncacheableError:
+                if not lazy.is_asleep(model):
+                    raise
+                # Perhaps only because a hollow model has no modules to ask.
+                call = generation.resolve(generation.engine_of(lazy.awake(model), arguments), arguments, traits)
+        if call.samples:
+            _one_sampling_thread()
+        return call, told
 
     def _refusal(self, error: Exception) -> UncacheableError:
         self.cache.warn(f"this call runs uncached, evalcache failed on it: {type(error).__name__}: {error}")
@@ -318,7 +326,8 @@ class Seam:
         results = cache.serve(watch, actions, compute, client=CLIENT, all_or_none=cache.match == "strict")
         if computed and len(computed[0][0]) == len(actions):
             return computed[0][1]  # everything was computed: what the engine returned, untouched
-        output = outputs.assemble_batch(call, results[0]) if call.whole else outputs.assemble_rows(call, results)
+        with cache.counts.taking("decode"):
+            output = outputs.assemble_batch(call, results[0]) if call.whole else outputs.assemble_rows(call, results)
         if not computed:
             told.repeat()
             generation.warn_as_computed(call, outputs.sequences(output).shape[1])
@@ -331,7 +340,8 @@ class Seam:
         with measured(inner, device) as watch:
             output = original(**chosen)
         try:
-            return output, self._results(call, output, missing, watch)
+            with self.cache.counts.taking("write"):
+                return output, self._results(call, output, missing, watch)
         except UncacheableError as error:
             raise _Unstorable(output, error, call.rows) from error
         except Exception as error:
@@ -378,9 +388,8 @@ class Seam:
         if name not in self._known:
             stored = self.cache.get_object(name)
             if stored is None:
-                began = time.perf_counter()
-                stored = encode_canonical(ask())
-                self.cache.counts.overhead["probe"] += time.perf_counter() - began
+                with self.cache.counts.taking("probe"):
+                    stored = encode_canonical(ask())
                 self.cache.put_object(name, stored)
             self._known[name] = decode(stored)
         return self._known[name]
