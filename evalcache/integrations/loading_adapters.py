@@ -26,8 +26,9 @@ from evalcache.errors import CanonicalError, EvalCacheError
 from evalcache.filememo import FileMemo
 from evalcache.identity import adapter_weights, identify_adapter
 from evalcache.integrations.lazy import UNKNOWN, LazyModel, Sleep, awake, sleep_of
-from evalcache.integrations.loading import apply, argument, folder_of, guarded, known_as, later, names_of
-from evalcache.integrations.steps import Step, class_named, skip_draws
+from evalcache.integrations.loading import apply, folder_of, guarded, known_as, later, names_of
+from evalcache.integrations.packing import class_named, name_of, pack
+from evalcache.integrations.steps import Step, skip_draws
 
 # Arguments that choose where files come from, and those that may change what is made of them.
 _NEVER = frozenset("token cache_dir force_download local_files_only".split())
@@ -122,7 +123,7 @@ class _Adapter(Step):
     def __init__(self, cache: Cache, base: Any, folder: Any, bound: inspect.BoundArguments, cls: type) -> None:
         self.folder, self.bound = folder, bound
         self.identity = identify_adapter(folder, memo=FileMemo(cache.directory))
-        given = {name: argument(value) for name, value in _given(bound).items() if name in _KEYED}
+        given = {name: pack(value) for name, value in _given(bound).items() if name in _KEYED}
         super().__init__(cache, base, ["adapter", self.identity.value, f"{cls.__module__}.{cls.__qualname__}", given])
 
     @classmethod
@@ -183,7 +184,7 @@ class _Adapter(Step):
         if all_three[2] is awake(self.base) and unchanged:
             more = {
                 "adapter": self.bound.arguments["adapter_name"],
-                "kinds": [f"{type(one).__module__}:{type(one).__qualname__}" for one in all_three],
+                "kinds": [name_of(type(one)) for one in all_three],
                 "names": [names_of(one) for one in all_three],
                 "forwards": _forwards(*all_three[:2]),
             }

@@ -9,7 +9,6 @@ they would have.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,8 @@ from evalcache.canonical import digest_canonical
 from evalcache.errors import EvalCacheError
 from evalcache.identity import CheckpointIndex
 from evalcache.integrations.lazy import UNKNOWN, LazyModel, Sleep, awake, config_digest, is_asleep, sleep_of
-from evalcache.integrations.loading import apply, argument, changed, describe, guarded, known_as, names_of, note, runtime
+from evalcache.integrations.loading import apply, changed, describe, guarded, known_as, names_of, note, runtime
+from evalcache.integrations.packing import class_named, name_of, pack
 from evalcache.weights import fingerprint
 
 _MOST_DRAWS = 1 << 28
@@ -113,7 +113,7 @@ def resize(cache: Cache, model: Any, original: Callable[..., Any], args: tuple[A
     rows = _rows(real) if new else []
     embeddings = original(real, *args, **kwargs)
     if new and all(now <= before for before, now in zip(rows, _rows(real), strict=True)):
-        more = {"names": names_of(real), "embeddings": f"{type(embeddings).__module__}:{type(embeddings).__qualname__}"}
+        more = {"names": names_of(real), "embeddings": name_of(type(embeddings))}
         guarded(cache, lambda: step.remember(real, more))
     if step is not None and step.record is not None:
         note(model, step.key, step.record)
@@ -126,7 +126,7 @@ def _find_resize(
     try:
         given = dict(inspect.signature(original).bind(None, *args, **kwargs).arguments)
         given.pop("self")
-        return Step(cache, model, ["resize", {name: argument(value) for name, value in given.items()}])
+        return Step(cache, model, ["resize", {name: pack(value) for name, value in given.items()}])
     except (EvalCacheError, TypeError):
         return None
 
@@ -175,15 +175,6 @@ class _PartSleep(Sleep):
         if self.real is None:
             self.real = self._whole.wake().get_input_embeddings()
         return self.real
-
-
-def class_named(name: str) -> Any:
-    """The class of a ``module:QualifiedName``."""
-    module, _, inside = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in inside.split("."):
-        found = getattr(found, part)
-    return found
 
 
 # --- what is drawn and thrown away ---------------------------------------------------------------------------------------------
