@@ -1,145 +1,120 @@
 """Eval clients as people run them, in processes of their own: bare, cold, warm, and warm under the client's own cache.
 
-For each client: wall seconds, evalcache's own share of them, how often weights were loaded, and what happens after one layer of
-the model was edited in place: whether the client's own cache goes on to serve the old model's answers.
+For each client: wall seconds, evalcache's own share of them, how often weights were opened, and what happens after one layer of
+the model was edited in place: how many of the old model's answers the client's own cache serves as the new one's. A client that
+has no cache of its own has no such figures.
 
 The client's fixed cost is a bare run of one document a task: imports, tasks, loading. Lookups are compared in one process, over
 the same requests: evalcache's keys and reads beside the loop of lm_eval's ``--use_cache``.
+
+A quick run has two clients at work at the same time, and one bare run of each: it fills the client's own cache, too, and stands
+for the fixed cost.
 """
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from clients import CLIENTS
+from clients.process import Ask, Client, Ran, differing
 from harness import Report, arguments, hardware, hardware_line
 
-# The tests' local tasks and tiny models: what is measured is what is tested.
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-BIN = Path(sys.executable).parent
-LIMIT_ONE = ["--limit", "1"]
+AT_ONCE = 2  # runs whose seconds do not count
 
 
-@dataclass
-class Ran:
-    """One process of a client: wall seconds, the scores in its results, and what evalcache says of the run."""
+class Measured:
+    """All runs of one client, then what they say."""
 
-    wall_s: float
-    scores: Any
-    told: dict[str, Any]
+    def __init__(self, client: Client, repeats: int, *, quick: bool) -> None:
+        self.client = client
+        self.folder = client.folder
+        own = ("own",) if client.has_own_cache else ()
+        self.runs: dict[str, list[Ran]] = {kind: [] for kind in ("fixed", "bare", "cold", "warm", *own)}
+        first = self._run("first", own=client.has_own_cache) if own or quick else None
+        for repeat in range(repeats):
+            for kind, found in self.runs.items():
+                if quick and first and kind in ("fixed", "bare"):
+                    found.append(first)
+                    continue
+                store = f"store-{repeat}" if kind in ("cold", "warm") else None
+                found.append(self._run(f"{kind}-{repeat}", store=store, own=kind == "own", one=kind == "fixed"))
+        self._check()
+        self._look_at_others()
 
+    def _run(self, out: str, *, store: str | None = None, own: bool = False, one: bool = False, sampled: bool = False) -> Ran:
+        folders = (self.folder / store if store else None, self.folder / "own-cache" if own else None)
+        return self.client.run(Ask(self.folder / out, *folders, one, sampled))
 
-class LmEval:
-    """``lm_eval run``, with its ``--use_cache`` as the cache of its own."""
+    def _check(self) -> None:
+        """Ends the experiment where a run that was measured is not what it is called."""
+        name, runs = self.client.name, self.runs
+        for kind in set(runs) - {"fixed", "bare"}:
+            if any(differing(one.answers, runs["bare"][0].answers) for one in runs[kind]):
+                raise SystemExit(f"{name}: the {kind} run answers otherwise than the bare one")
+        if any(one.told["hits"] or not one.told["misses"] for one in runs["cold"]):
+            raise SystemExit(f"{name}: a cold run hit, or asked nothing")
+        if any(one.told["misses"] or one.told["uncacheable"] or not one.told["hits"] for one in runs["warm"]):
+            raise SystemExit(f"{name}: a warm run missed: {runs['warm'][0].told}")
 
-    name = "lm_eval"
+    def _look_at_others(self) -> None:
+        """Runs whose seconds do not count: drawn answers, then those of the edited model."""
+        own = self.client.has_own_cache
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            if self.client.samples_apart:
+                bare = pool.submit(self._run, "sampled-bare", sampled=True)
+                cold = pool.submit(self._run, "sampled-cold", store="store-sampled", sampled=True)
+                self.sampled = [cold.result(), self._run("sampled-warm", store="store-sampled", sampled=True)]
+                self.sampled_unlike_bare = sum(differing(one.answers, bare.result().answers) for one in self.sampled)
+            self.client.edit()
+            truth = pool.submit(self._run, "edited-bare")
+            ours = pool.submit(self._run, "edited", store="store-0")
+            theirs = pool.submit(self._run, "edited-own", own=True) if own else None
+            self.wrong = differing(ours.result().answers, truth.result().answers)
+            self.wrong_own = differing(theirs.result().answers, truth.result().answers) if theirs else None
 
-    def __init__(self, folder: Path, documents: int) -> None:
-        from harness_tasks import make_model, make_tasks
-
-        self.folder = folder
-        self.model = make_model(folder / "model", hidden_size=256, intermediate_size=768, num_hidden_layers=6)
-        self.tasks = make_tasks(folder / "tasks", documents=documents)
-
-    def command(self, out: Path, own: Path | None) -> list[str]:
-        named = f"pretrained={self.model},dtype=float32"
-        command = [str(BIN / "lm_eval"), "run", "--model", "hf", "--model_args", named, "--device", "cpu", "--batch_size", "8"]
-        command += ["--tasks", "tiny_mc,tiny_letters,tiny_gen", "--include_path", str(self.tasks), "--output_path", str(out)]
-        return [*command, "--log_samples", *(["--use_cache", str(own)] if own else [])]
-
-    def scores(self, out: Path) -> Any:
-        found = {}
-        for file in sorted(out.rglob("samples_*.jsonl")):
-            found[file.name.split("_2")[0]] = [json.loads(line)["resps"] for line in file.read_text().splitlines()]
-        return found
-
-    def edit(self) -> None:
-        """One layer, in place: the same folder, another model."""
-        from safetensors.torch import load_file, save_file
-
-        (file,) = self.model.glob("*.safetensors")
-        tensors = load_file(file)
-        tensors["model.layers.5.mlp.down_proj.weight"].mul_(-1)
-        save_file(tensors, file, metadata={"format": "pt"})
-
-
-CLIENTS = (LmEval,)
-
-
-def run(client: Any, place: Path, *, store: Path | None = None, own: Path | None = None, more: list[str] | None = None) -> Ran:
-    """One process of a client; ``store`` is evalcache's folder, None for bare."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EVALCACHE")}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [*client.command(place, own), *(more or [])]
-    if store is not None:
-        environment["EVALCACHE_DIR"] = str(store)
-        command = [str(BIN / "evalcache"), "run", "--", *command]
-    began = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    wall_s = time.perf_counter() - began
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    told: dict[str, Any] = {}
-    if store is not None:
-        stats = [str(BIN / "evalcache"), "stats", "--run", "last", "--json"]
-        told = json.loads(subprocess.run(stats, env=environment, capture_output=True, text=True, check=True).stdout)
-    return Ran(wall_s, client.scores(place), told)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal but for the last bits of floats."""
-    if isinstance(left, list):
-        return isinstance(right, list) and len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
-    try:  # as text in the harness's files
-        return abs(float(left) - float(right)) <= 1e-4 * max(1.0, abs(float(left)))
-    except (TypeError, ValueError):
-        return left == right
-
-
-def measure(report: Report, client: Any, folder: Path, repeats: int) -> None:
-    """Bare, cold, warm and the client's own cache, side by side; then all again after an edit."""
-    name = client.name
-    runs: dict[str, list[Ran]] = {kind: [] for kind in ("fixed", "bare", "cold", "warm", "own")}
-    run(client, folder / "first", own=folder / "own-cache")  # fills the client's own cache
-    for repeat in range(repeats):
-        store = folder / f"store-{repeat}"
-        runs["fixed"].append(run(client, folder / f"fixed-{repeat}", more=LIMIT_ONE))
-        runs["bare"].append(run(client, folder / f"bare-{repeat}"))
-        runs["cold"].append(run(client, folder / f"cold-{repeat}", store=store))
-        runs["warm"].append(run(client, folder / f"warm-{repeat}", store=store))
-        runs["own"].append(run(client, folder / f"own-{repeat}", own=folder / "own-cache"))
-    for kind in ("cold", "warm", "own"):
-        if not same(runs[kind][0].scores, runs["bare"][0].scores):
-            raise SystemExit(f"{name}: the {kind} run answers otherwise than the bare one")
-    if any(one.told["misses"] for one in runs["warm"]):
-        raise SystemExit(f"{name}: a warm run missed")
-    for kind, found in runs.items():
-        report.add(f"{name}_{kind}_s", statistics.median(one.wall_s for one in found))
-    share = [warm.told["overhead_seconds"] / fixed.wall_s for warm, fixed in zip(runs["warm"], runs["fixed"], strict=True)]
-    report.add(f"{name}_warm_model_loads", max(one.told["model_loads"] for one in runs["warm"]))
-    report.target(f"{name}_warm_overhead_share_of_fixed_cost", statistics.median(share), "<=", 0.05)
-    client.edit()
-    truth = run(client, folder / "edited-bare").scores
-    ours = run(client, folder / "edited", store=folder / "store-0").scores
-    own = run(client, folder / "edited-own", own=folder / "own-cache").scores
-    report.target(f"{name}_wrong_after_an_edit_evalcache", float(not same(ours, truth)), "<=", 0)
-    report.add(f"{name}_wrong_after_an_edit_own_cache", float(not same(own, truth)))
+    def tell(self, report: Report) -> None:
+        """The figures, after all runs side by side."""
+        name, runs = self.client.name, self.runs
+        print(f"{name:<12}{'wall s':>10}{'cpu s':>10}{'ours s':>10}{'loaded':>10}")
+        for kind, found in runs.items():
+            ours = f"{statistics.median(one.overhead_s for one in found):.3f}" if found[0].told else ""
+            loaded = "" if found[0].opened is None else "no" if not any(one.opened for one in found) else "yes"
+            walls, cpus = ([getattr(one, which) for one in found] for which in ("wall_s", "cpu_s"))
+            print(f"  {kind:<10}{statistics.median(walls):10.2f}{statistics.median(cpus):10.2f}{ours:>10}{loaded:>10}")
+        for kind, found in runs.items():
+            report.add(f"{name}_{kind}_s", statistics.median(one.wall_s for one in found))
+            report.add(f"{name}_{kind}_cpu_s", statistics.median(one.cpu_s for one in found))
+            if found[0].told:
+                report.add(f"{name}_{kind}_overhead_s", statistics.median(one.overhead_s for one in found))
+            if found[0].opened is not None and kind != "fixed":
+                report.add(f"{name}_{kind}_weights_opened", max(one.opened or 0 for one in found))
+        pairs = list(zip(runs["warm"], runs["fixed"], strict=True))
+        report.add(f"{name}_warm_minus_fixed_s", statistics.median(warm.wall_s - fixed.wall_s for warm, fixed in pairs))
+        report.add(f"{name}_warm_minus_fixed_cpu_s", statistics.median(warm.cpu_s - fixed.cpu_s for warm, fixed in pairs))
+        shares = [warm.overhead_s / fixed.wall_s for warm, fixed in pairs]
+        report.target(f"{name}_warm_overhead_share_of_fixed_cost", statistics.median(shares), "<=", 0.05)
+        report.target(f"{name}_warm_model_loads", max(one.told["model_loads"] for one in runs["warm"]), "<=", 0)
+        if self.client.samples_apart:
+            cold, warm = self.sampled
+            report.add(f"{name}_sampled_calls", cold.told["misses"])
+            report.add(f"{name}_sampled_calls_warm_hits", warm.told["hits"])
+            report.add(f"{name}_sampled_answers_unlike_bare", self.sampled_unlike_bare)
+        report.add(f"{name}_answers", sum(map(len, runs["bare"][0].answers.values())))
+        report.target(f"{name}_wrong_after_an_edit", self.wrong, "<=", 0)
+        if self.wrong_own is not None:
+            report.add(f"{name}_wrong_after_an_edit_own_cache", self.wrong_own)
 
 
 def measure_lookups(report: Report, folder: Path, count: int) -> None:
-    """µs a request that is stored: ours, and those of lm_eval's ``--use_cache``."""
+    """µs a request that is stored: ours, and those of lm_eval's ``--use_cache``, which need no token ids."""
     import words
     from harness_tasks import make_model
     from lm_eval.api.instance import Instance
@@ -153,7 +128,7 @@ def measure_lookups(report: Report, folder: Path, count: int) -> None:
     known = sorted({word for sentence in words.SENTENCES for word in sentence.split()})
     texts = [" ".join(draw.choices(known, k=24)) for _ in range(count)]
     asked = [Instance("loglikelihood", {}, (text, f" {draw.choice(known)}"), 0, ("task", 0, 1)) for text in texts]
-    ratios, ours_us, own_us = [], [], []
+    ratios, ours_us, call_us, own_us = [], [], [], []
     with evalcache.enable(folder / "lookups-store") as session:
         lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=64)
         above = CachingLM(lm, str(folder / "lookups.db"))
@@ -163,31 +138,51 @@ def measure_lookups(report: Report, folder: Path, count: int) -> None:
         overhead = session.cache.counts.overhead
         for _ in range(3):
             before = overhead["keys"] + overhead["lookup"]
-            lm.loglikelihood(asked, disable_tqdm=True)
+            call_us.append(seconds_of(lambda: lm.loglikelihood(asked, disable_tqdm=True)) / count * 1e6)
             ours_us.append((overhead["keys"] + overhead["lookup"] - before) / count * 1e6)
-            began = time.perf_counter()
-            above.loglikelihood(asked)
-            own_us.append((time.perf_counter() - began) / count * 1e6)
+            own_us.append(seconds_of(lambda: above.loglikelihood(asked)) / count * 1e6)
             ratios.append(own_us[-1] / ours_us[-1])
     report.add("lookup_evalcache_us", statistics.median(ours_us))
+    report.add("lookup_evalcache_with_tokenizing_us", statistics.median(call_us))
     report.add("lookup_lm_eval_use_cache_us", statistics.median(own_us))
     report.target("lookup_use_cache_over_evalcache", statistics.median(ratios), ">=", 20)
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds of a call without Python's garbage collection, which comes when it likes and takes as long as 8,000 lookups."""
+    gc.collect()
+    gc.disable()
+    began = time.perf_counter()
+    try:
+        call()
+        return time.perf_counter() - began
+    finally:
+        gc.enable()
+
+
 def main() -> None:
     """Run the experiment."""
-    options = arguments("exp_clients", __doc__.splitlines()[0]).parse_args()
+    parser = arguments("exp_clients", __doc__.splitlines()[0])
+    parser.add_argument("--client", choices=CLIENTS, action="append", help="only this one; may be given again")
+    options = parser.parse_args()
+    names = options.client or list(CLIENTS)
     repeats, documents = (1, 8) if options.quick else (3, 100)
-    found = hardware(["torch", "transformers", "lm_eval"])
+    found = hardware(["torch", "transformers", "lm_eval", "inspect_ai", "lighteval"])
     print(hardware_line(found))
     report = Report("exp_clients", options.quick, found)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "EVALCACHE_QUIET": "1"}
     with tempfile.TemporaryDirectory() as scratch:
-        measure_lookups(report, Path(scratch), 2000 if options.quick else 20000)
-        for kind in CLIENTS:
-            folder = Path(scratch) / kind.name
+        if "lm_eval" in names:
+            measure_lookups(report, Path(scratch), 2000 if options.quick else 20000)
+
+        def measure(name: str) -> Measured:
+            folder = Path(scratch) / name
             folder.mkdir()
-            measure(report, kind(folder, documents), folder, repeats)
+            return Measured(CLIENTS[name](folder, documents), repeats, quick=options.quick)
+
+        with ThreadPoolExecutor(AT_ONCE if options.quick else 1) as pool:
+            for measured in pool.map(measure, names):
+                measured.tell(report)
     report.write(options.json)
 
 
