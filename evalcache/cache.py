@@ -51,7 +51,7 @@ COMMIT_S = 3.0
 COMMIT_SHARE = 0.01
 """A long call is checked and committed every `COMMIT_S`; less often where checks would cost more than this share of its time."""
 SYNC_S = 30.0
-SYNC_SHARE = 0.002
+SYNC_SHARE = 0.001
 """A long run brings the ledger up to date every `SYNC_S`; less often where that would cost more than this share of its time."""
 PENDING_S = 10.0
 RESULT_LIMIT_BYTES = 256 << 20
