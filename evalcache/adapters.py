@@ -7,6 +7,7 @@ counts except their names.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +16,23 @@ from torch import nn
 
 from evalcache.errors import FingerprintError
 
-_KNOWN_TUNERS = tuple(f"peft.tuners.{name}." for name in ("lora", "ia3", "loha", "lokr"))
+_KINDS = ("lora", "ia3", "loha", "lokr")
+_KNOWN_TUNERS = tuple(f"peft.tuners.{name}." for name in _KINDS)
 # Others (activated LoRA, Arrow, …) look at the prompt or at other adapters through configurations outside of the layer.
 _KNOWN_VARIANTS = "Dora"
 _INERT = frozenset(
     "training _disable_adapters merged_adapters _active_adapter kwargs _caches ephemeral_gpu_offload adapter_layer_names "
     "other_param_names lora_variant _hf_hook _old_forward".split()
 )
+# Fields of an adapter's config that may hold anything; of others, the default only. None of these makes the adapter of the base's
+# weights, or of files beside its own.
+_FIELDS = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout alpha rank_dropout module_dropout fan_in_fan_out bias use_rslora use_dora "
+    "modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern feedforward_modules "
+    "decompose_both decompose_factor rank_dropout_scale use_effective_conv2d".split()
+)
+_BEGINNINGS = ("init_lora_weights", "init_ia3_weights", "init_weights")
 _STRUCTURE = frozenset("_modules _parameters _buffers _non_persistent_buffers_set _is_full_backward_hook".split())
 
 
@@ -89,6 +100,21 @@ def adapter_state(module: Any, names: list[str]) -> list[tuple[str, Any]]:
     variants = getattr(module, "lora_variant", None) or {}
     found += [(f"variant.{place}", type(variants[name])) for place, name in enumerate(names) if name in variants]
     return found
+
+
+def is_determined(config: Any) -> bool:
+    """Whether an adapter with this config is what its own files, its base and the call that loads it make of it."""
+    if str(getattr(config.peft_type, "value", config.peft_type)).lower() not in _KINDS:
+        return False
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if field.name in _BEGINNINGS:
+            if value not in (True, False, "gaussian"):  # others are made of the base's weights, or change these
+                return False
+        elif field.name not in _FIELDS and value != default:
+            return False
+    return True
 
 
 def _is_structure(name: str) -> bool:

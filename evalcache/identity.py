@@ -28,7 +28,7 @@ _FORMAT = "evalcache checkpoint 1"
 _ADAPTER_FORMAT = "evalcache adapter 1"
 _INDEX_FORMAT = "evalcache loaded 1"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _CUSTOM_GENERATE = "custom_generate/generate.py"
 
 # Fields that are never keyed: where a config came from, and the commit it was downloaded at.
@@ -91,11 +91,11 @@ def identify_checkpoint(
             path=str(root), expected="a folder", found="a file" if root.exists() else "nothing",
         )  # fmt: skip
     files: dict[str, Digest] = {}
-    if (root / _ADAPTER_CONFIG).is_file():
-        files[_ADAPTER_CONFIG] = _adapter_config_digest(root)
+    if (root / ADAPTER_CONFIG).is_file():
+        files[ADAPTER_CONFIG] = _adapter_config_digest(root)
         files["adapter"] = fingerprint_checkpoint(adapter_weights(root), **reading).root
         if not (root / "config.json").is_file():
-            base = identify_checkpoint(_base_folder(root), variant=variant, use_safetensors=use_safetensors, **reading)
+            base = identify_checkpoint(base_of_adapter(root), variant=variant, use_safetensors=use_safetensors, **reading)
             return CheckpointIdentity(base.tensors, files | {"base": base.digest})
     files |= _config_files(root)
     weights = find_weights(root, variant=variant, use_safetensors=use_safetensors)
@@ -175,10 +175,10 @@ def _config_digest(file: Path, config: Mapping[str, Any]) -> Digest:
 
 
 def _adapter_config_digest(root: Path) -> Digest:
-    config = read_json(root / _ADAPTER_CONFIG)
+    config = read_json(root / ADAPTER_CONFIG)
     # The base is keyed by what it is, and is not read at all where the folder holds a model itself.
     config.pop("base_model_name_or_path", None)
-    return _config_digest(root / _ADAPTER_CONFIG, config)
+    return _config_digest(root / ADAPTER_CONFIG, config)
 
 
 def adapter_weights(root: Path) -> Path:
@@ -191,13 +191,18 @@ def adapter_weights(root: Path) -> Path:
         if (root / name).is_file():
             return root / name
     raise CheckpointError(
-        f"{root} has an {_ADAPTER_CONFIG} and no adapter", hint="copy the adapter's weights too",
+        f"{root} has an {ADAPTER_CONFIG} and no adapter", hint="copy the adapter's weights too",
         path=str(root), expected=list(_ADAPTER_WEIGHTS), found="nothing",
     )  # fmt: skip
 
 
-def _base_folder(root: Path) -> Path:
-    named = read_json(root / _ADAPTER_CONFIG).get("base_model_name_or_path")
+def base_of_adapter(root: Path) -> Path:
+    """The folder of the model that an adapter's config names.
+
+    Raises:
+        CheckpointError: it names none that is here.
+    """
+    named = read_json(root / ADAPTER_CONFIG).get("base_model_name_or_path")
     # As transformers takes it: relative to the working directory. A base that is an adapter again would not load, nor end here.
     if type(named) is str and named and (Path(named) / "config.json").is_file():
         return Path(named)

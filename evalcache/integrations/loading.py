@@ -1,7 +1,8 @@
 """``from_pretrained``: asleep where the checkpoint is known, else loaded, and known from then on.
 
 Known means: an earlier load of the same files, with the same arguments and the same versions, has told what the live model is.
-What cannot be told exactly (weights that are made up while loading, code of one's own, adapters) is loaded each time.
+What cannot be told exactly (weights that are made up while loading, code of one's own) is loaded each time. An adapter that
+transformers itself puts into the model is part of the checkpoint; PEFT's own models are in `loading_adapters.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from typing import Any
 
 import torch
 
-from evalcache.attributes import is_config
+from evalcache.adapters import is_determined
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
-from evalcache.code import library_of, version_of_distribution
+from evalcache.code import library_of
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
 from evalcache.filememo import FileMemo
-from evalcache.identity import CheckpointIndex, identify_checkpoint
-from evalcache.integrations.lazy import LazyModel, Sleep, config_digest, is_same, sleep_of
-from evalcache.integrations.packing import name_of, pack, unpack
-from evalcache.weights import fingerprint, library_digests
+from evalcache.identity import ADAPTER_CONFIG, CheckpointIndex, base_of_adapter, identify_adapter, identify_checkpoint
+from evalcache.integrations.draws import Draws, skip_draws
+from evalcache.integrations.known import changed, describe, hollow_model, names_of, runtime
+from evalcache.integrations.lazy import LazyModel, Sleep, config_digest, sleep_of
+from evalcache.integrations.packing import name_of, pack
+from evalcache.weights import fingerprint
 
 # Arguments that choose where files come from or how loading goes, and never what is loaded.
 _NEVER = frozenset(
@@ -42,7 +45,6 @@ _UNKNOWABLE = (
     "state_dict",
     "output_loading_info",
     "gguf_file",
-    "adapter_kwargs",
     "tp_plan",
     "key_mapping",
     "device_mesh",
@@ -52,7 +54,6 @@ _NOTHING = frozenset(
     "use_safetensors fusion_config dtype torch_dtype device_map quantization_config variant generation_config "
     "distributed_config tp_size kernel_config state_dict gguf_file tp_plan key_mapping device_mesh".split()
 )
-_VERSIONS = ("transformers", "torch", "accelerate", "peft", "bitsandbytes", "torchao", "optimum", "optimum-quanto", "safetensors")
 _loading = threading.local()
 _loaded: weakref.WeakKeyDictionary[Any, tuple[Digest, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
@@ -79,16 +80,35 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
             model = original(path, *args, **kwargs)
             cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
             return model
-        states = torch.get_rng_state()
+        _loading.draws, _loading.base = Draws(), None
         model, told = original(path, *args, **kwargs, output_loading_info=True)
         cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
         # What was made up at random while loading, or with draws from the script's generator, cannot be promised.
-        complete = not any(told.get(name) for name in ("missing_keys", "mismatched_keys", "error_msgs"))
-        if complete and torch.equal(states, torch.get_rng_state()) and cache.policy.writes:
-            guarded(cache, lambda: known.remember(model))
+        draws = _loading.draws
+        whole = _is_whole(told) and (_loading.base if known.adapter else draws.nothing())
+        if whole and cache.policy.writes:
+            guarded(cache, lambda: known.remember(model, draws))
         return model
     finally:
-        _loading.active = False
+        _loading.active, _loading.draws = False, None
+
+
+def _is_whole(told: dict[str, Any]) -> bool:
+    """Whether a model's files held all of its weights."""
+    return not any(told.get(name) for name in ("missing_keys", "mismatched_keys", "error_msgs"))
+
+
+def heard(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The end of a load, before an adapter comes: what is told afterwards is about the adapter alone."""
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        told = original(*args, **kwargs)
+        draws = getattr(_loading, "draws", None)
+        if draws is not None and hasattr(told, "to_dict"):
+            _loading.base = _loading.base is not False and _is_whole(told.to_dict()) and draws.nothing()
+        return told
+
+    return patched
 
 
 def known_as(model: Any) -> tuple[Digest, dict[str, Any]] | None:
@@ -118,12 +138,19 @@ def guarded(cache: Cache, step: Callable[[], Any]) -> Any:
 
 
 class _Checkpoint:
-    """One checkpoint as it is asked for: which files, which arguments, which versions."""
+    """One checkpoint as it is asked for: which files, which arguments, which versions.
 
-    def __init__(self, cache: Cache, cls: type, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    Args:
+        folder: of the model. adapter: of the adapter that transformers puts into it.
+    """
+
+    def __init__(
+        self, cache: Cache, cls: type, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], adapter: Path | None = None
+    ) -> None:
         self.cache, self.cls, self.args, self.kwargs = cache, cls, args, kwargs
-        self.folder = folder
+        self.folder, self.adapter = folder, adapter
         self.path: Any = folder
+        self.name: Any = folder
         self.index = CheckpointIndex(cache.directory / "checkpoints.sqlite")
         self.identity = self._identify()
         config = kwargs.get("config")
@@ -154,52 +181,70 @@ class _Checkpoint:
         given = {name: _without_nothing(kwargs.get(name)) for name in _UNKNOWABLE}
         if any(given.values()):
             return None
-        folder = folder_of(path, kwargs)
-        if folder is None or (folder / "adapter_config.json").exists() or isinstance(kwargs.get("config"), (str, os.PathLike)):
+        folder, name = folder_of(path, kwargs), path
+        if folder is None or isinstance(kwargs.get("config"), (str, os.PathLike)):
             return None
         try:
-            found = cls(cache, model, folder, args, kwargs)
+            found = _adapter_of(path, folder, kwargs)
+            if found is not None and not (folder / "config.json").exists():
+                name = folder = base_of_adapter(folder)
+                if not folder.is_absolute():  # it means another one once the script has changed its working directory
+                    return None
+            found = cls(cache, model, folder, args, kwargs, found)
+        except _UnknowableError:
+            return None
         except (EvalCacheError, OSError) as error:
             if not isinstance(error, (CanonicalError, FingerprintError)):
                 cache.warn(f"{folder} is loaded at once: {error}")
             return None
-        found.path = path
+        found.path, found.name = path, name
         return found
 
     def _identify(self) -> Digest:
         files = {name: self.kwargs.get(name) for name in ("variant", "use_safetensors")}
-        return identify_checkpoint(self.folder, memo=FileMemo(self.cache.directory), **files).digest
+        memo = FileMemo(self.cache.directory)
+        model = identify_checkpoint(self.folder, memo=memo, **files).digest
+        return model if self.adapter is None else digest_canonical([model.value, identify_adapter(self.adapter, memo=memo).value])
 
     def lazy(self, original: Callable[..., Any]) -> LazyModel | None:
         """A sleeping model, if an earlier load told what it is, and nothing speaks against it."""
         record = self.index.recall(self.key)
         if record is None:
             return None
-        hollow = _hollow(self.cls, self.folder, self.path, self.kwargs, record)
+        hollow = hollow_model(self.cls, self.folder, self.name, self.kwargs, record)
         if hollow is None:
             return None
 
         # As it was asked for: the script may change its config, its working directory or the default device before it wakes.
         kwargs = copy.deepcopy(self.kwargs)
+        if self.adapter is not None and kwargs.get("adapter_kwargs"):
+            kwargs["adapter_kwargs"]["_adapter_model_path"] = os.path.realpath(self.adapter)
         load = later(self.path, lambda path: original(path, *self.args, **kwargs))
         model = LazyModel(Sleep(self.cache, self.cls, load, hollow, record, self.key))
         try:
-            return model if sleep_of(model).manifest() is not None else None
+            if sleep_of(model).manifest() is None:
+                return None
         except EvalCacheError:
             return None
+        skip_draws(record["drawn"])
+        return model
 
-    def remember(self, model: Any) -> None:
+    def remember(self, model: Any, draws: Draws) -> None:
         """Write down what was loaded. Silently not, where that cannot be told exactly."""
         try:
+            drawn = [0, []] if self.adapter is None else draws.count()
+            if drawn is None or (self.adapter is not None and not all(map(is_determined, model.peft_config.values()))):
+                return
             manifest = fingerprint(model)
             config = self.kwargs.get("config") or type(model).config_class.from_pretrained(self.folder)
             generation = model.generation_config.to_dict() if model.can_generate() else {}
             record = describe(model, manifest) | {
                 "names": names_of(model),
+                "drawn": drawn,
                 "config": changed(config, model.config),
                 "generation": {name: value for name, value in generation.items() if value is not None},
             }
-            hollow = _hollow(self.cls, self.folder, self.path, self.kwargs, record)
+            hollow = hollow_model(self.cls, self.folder, self.name, self.kwargs, record)
             same = (
                 hollow is not None
                 and config_digest(hollow.config) == config_digest(model.config)
@@ -211,15 +256,6 @@ class _Checkpoint:
                 note(model, self.key, record)
         except (EvalCacheError, OSError, ValueError, TypeError, AttributeError):
             return  # it will be loaded again next time: slower, and as right
-
-
-def runtime() -> list[Any]:
-    """What beside files and arguments decides what a load makes of them."""
-    return [
-        {name: found for name in _VERSIONS if (found := version_of_distribution(name))},
-        [str(torch.get_default_dtype()), str(torch.get_default_device())],
-        sys.version_info[:2],
-    ]
 
 
 def later(path: Any, load: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -242,63 +278,27 @@ def later(path: Any, load: Callable[[Any], Any]) -> Callable[[], Any]:
     return wake
 
 
-def describe(model: Any, manifest: Any) -> dict[str, Any]:
-    """What has to be known of a model so that it may sleep next time."""
-    classes = sorted({name_of(type(one)) for one in model.modules()})
-    return {
-        "root": manifest.root.value,
-        "classes": classes,
-        "code": library_digests(classes),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+class _UnknowableError(Exception):
+    """What a load makes cannot be known before."""
 
 
-def names_of(module: torch.nn.Module) -> list[str]:
-    """The attributes that a module itself has."""
-    return sorted({*vars(module), *module._parameters, *module._buffers, *module._modules})
+def _adapter_of(path: Any, folder: Path, kwargs: dict[str, Any]) -> Path | None:
+    """Where the adapter lies that transformers puts into the model: the auto classes say so, else it is beside the model.
 
-
-def _hollow(cls: Any, folder: Path, path: Any, kwargs: dict[str, Any], record: dict[str, Any]) -> Any:
-    """An instance of the model's class that holds its config and generation config, and no module at all."""
-    from transformers import GenerationConfig
-
-    try:
-        config = kwargs.get("config")
-        config = copy.deepcopy(config) if config is not None else cls.config_class.from_pretrained(folder)
-        apply(config, record["config"])
-        config._name_or_path = str(path)
-        hollow = cls.__new__(cls)
-        torch.nn.Module.__init__(hollow)
-        hollow.config = config
-        hollow.name_or_path = config.name_or_path
-        if record["generation"]:
-            hollow.generation_config = GenerationConfig.from_dict(dict(record["generation"]))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    Raises:
+        _UnknowableError: it is asked for in a way that is not known.
+    """
+    told = kwargs.get("adapter_kwargs") or {}
+    found = told.get("_adapter_model_path") or (path if (folder / ADAPTER_CONFIG).exists() else None)
+    if set(told) - {"_adapter_model_path", "revision", "token"}:
+        raise _UnknowableError
+    if found is None:
         return None
-    return hollow
-
-
-def changed(before: Any, after: Any) -> list[list[Any]]:
-    """What loading has set in a config, by attribute; in the configs inside of it too."""
-    changes = []
-    for name, value in vars(after).items():
-        known = vars(before).get(name)
-        if is_config(value) and type(known) is type(value):
-            if inside := changed(known, value):
-                changes.append([name, ["config", inside]])
-        elif name != "_name_or_path" and not (name in vars(before) and is_same(known, value)):
-            changes.append([name, ["value", pack(value)]])
-    return changes
-
-
-def apply(config: Any, changes: list[list[Any]]) -> None:
-    """Make the `changed` ones again."""
-    for name, (kind, content) in changes:
-        if kind == "config":
-            apply(vars(config)[name], content)
-        else:
-            setattr(config, name, unpack(content))
+    adapter = folder_of(found, told, ADAPTER_CONFIG)
+    # Of two files of weights another one comes first, or the folder is another one.
+    if adapter is None or kwargs.get("use_safetensors") is False or kwargs.get("subfolder"):
+        raise _UnknowableError
+    return adapter
 
 
 def _without_nothing(value: Any) -> Any:

@@ -11,13 +11,13 @@ or whose weights are not all in their file) is loaded each time.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from evalcache.adapters import is_determined
 from evalcache.cache import Cache
 from evalcache.checkpoint import fingerprint_checkpoint
 from evalcache.code import library_of
@@ -25,28 +25,18 @@ from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, EvalCacheError
 from evalcache.filememo import FileMemo
 from evalcache.identity import adapter_weights, identify_adapter
+from evalcache.integrations.draws import skip_draws
+from evalcache.integrations.known import apply, names_of
 from evalcache.integrations.lazy import UNKNOWN, LazyModel, Sleep, awake, sleep_of
-from evalcache.integrations.loading import apply, folder_of, guarded, known_as, later, names_of
+from evalcache.integrations.loading import folder_of, guarded, known_as, later
 from evalcache.integrations.packing import class_named, name_of, pack
-from evalcache.integrations.steps import Step, skip_draws
+from evalcache.integrations.steps import Step
 
 # Arguments that choose where files come from, and those that may change what is made of them.
 _NEVER = frozenset("token cache_dir force_download local_files_only".split())
 _KEYED = frozenset("adapter_name autocast_adapter_dtype low_cpu_mem_usage subfolder revision torch_device".split())
 # Others have to be as they are by default.
 _DEFAULTS = {"is_trainable": False, "config": None, "ephemeral_gpu_offload": False, "key_mapping": None}
-
-_KINDS = ("LORA", "IA3", "LOHA", "LOKR")
-# Fields of an adapter's config that may hold anything; of others, the default only. None of these reads another file, or makes
-# the adapter of the base's weights.
-_FIELDS = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout alpha rank_dropout module_dropout fan_in_fan_out bias use_rslora use_dora "
-    "modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern feedforward_modules "
-    "decompose_both decompose_factor rank_dropout_scale use_effective_conv2d".split()
-)
-_BEGINNINGS = ("init_lora_weights", "init_ia3_weights", "init_weights")
-_MOST_DRAWS = 1 << 28
 
 
 def load(cache: Cache, cls: type, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,7 +159,7 @@ class _Adapter(Step):
         except EvalCacheError:
             return None
         sleep.promise()
-        skip_draws(self.record["draws"], self.record["moves"])
+        skip_draws(self.record["drawn"])
         return LazyModel(sleep)
 
     def tell(self, model: Any) -> None:
@@ -194,18 +184,10 @@ class _Adapter(Step):
         """Whether nothing but the adapter's files, its base and the arguments decides what it is."""
         name = self.bound.arguments["adapter_name"]
         config = model.peft_config[name]
-        if str(getattr(config.peft_type, "value", config.peft_type)) not in _KINDS or list(model.peft_config) != [name]:
+        if list(model.peft_config) != [name] or not is_determined(config):
             return False
         if library_of(getattr(sys.modules.get(type(model).__module__), "__file__", "") or "") is None:
             return False
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            if field.name in _BEGINNINGS:
-                if value not in (True, False, "gaussian"):
-                    return False
-            elif field.name not in _FIELDS and value != default:
-                return False
         return model.active_adapter == name and list(model.active_adapters) == [name]
 
     def _is_complete(self, model: Any) -> bool:

@@ -1,6 +1,6 @@
 """Values of load arguments and configs as canonical ones, and back: dtypes, enums, and the settings of quantisers.
 
-An object is taken apart only where its class is a library's and it has nothing but attributes: what is made of them is equal to it.
+An object is taken apart only where its class is a library's and it has nothing but attributes. What they make again is its equal.
 """
 
 from __future__ import annotations

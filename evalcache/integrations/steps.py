@@ -19,12 +19,12 @@ from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.errors import EvalCacheError
 from evalcache.identity import CheckpointIndex
+from evalcache.integrations.draws import Draws, skip_draws
+from evalcache.integrations.known import apply, changed, describe, names_of, runtime
 from evalcache.integrations.lazy import UNKNOWN, LazyModel, Sleep, awake, config_digest, is_asleep, sleep_of
-from evalcache.integrations.loading import apply, changed, describe, guarded, known_as, names_of, note, runtime
+from evalcache.integrations.loading import guarded, known_as, note
 from evalcache.integrations.packing import class_named, name_of, pack
 from evalcache.weights import fingerprint
-
-_MOST_DRAWS = 1 << 28
 
 
 class Step:
@@ -64,7 +64,7 @@ class Step:
             same = names_of(base) == self.base_record["names"] and fingerprint(base).root.value == self.base_record["root"]
         except (EvalCacheError, AttributeError):
             return False
-        self._states = torch.get_rng_state(), _device_states()
+        self._draws = Draws()
         return same
 
     def remember(self, model: Any, more: dict[str, Any]) -> None:
@@ -75,12 +75,12 @@ class Step:
         """
         base, (config, settings) = awake(self.base), self._before
         try:
-            draws, moves = count_draws(self._states[0], torch.get_rng_state()), _moves(self._states[1])
-            if draws is None or moves is None or model.training:
+            drawn = self._draws.count()
+            if drawn is None or model.training:
                 return
             manifest = fingerprint(model)
             changes = changed(config, base.config)
-            record = describe(model, manifest) | {"config": changes, "draws": draws, "moves": moves} | more
+            record = describe(model, manifest) | {"config": changes, "drawn": drawn} | more
             apply(config, changes)
             if config_digest(config) == config_digest(base.config) and settings == _settings(base):
                 self.cache.put_object(f"model/{manifest.root.hex}", manifest.to_bytes())
@@ -146,7 +146,7 @@ def _resize_asleep(step: Step, original: Callable[..., Any], args: tuple[Any, ..
         return None
     apply(sleep.hollow.config, step.record["config"])
     sleep.trust_config()
-    skip_draws(step.record["draws"], step.record["moves"])
+    skip_draws(step.record["drawn"])
     return LazyModel(_PartSleep(sleep, embeddings))
 
 
@@ -175,65 +175,3 @@ class _PartSleep(Sleep):
         if self.real is None:
             self.real = self._whole.wake().get_input_embeddings()
         return self.real
-
-
-# --- what is drawn and thrown away ---------------------------------------------------------------------------------------------
-
-
-def _device_states() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-
-
-def _moves(before: list[torch.Tensor]) -> list[int] | None:
-    """How far each device's generator has gone on; None where it was not only that."""
-    after = _device_states()
-    # Of 16 bytes, the seed and the place. Where nothing had used a device before, its generators stood at their beginning.
-    if any(len(state) != 16 for state in [*before, *after]):
-        return None
-    old = [state.view(torch.int64).tolist() for state in before]
-    new = [state.view(torch.int64).tolist() for state in after]
-    old = old or [[seed, 0] for seed, _ in new]
-    return None if [one[0] for one in old] != [one[0] for one in new] else [b[1] - a[1] for a, b in zip(old, new, strict=True)]
-
-
-def count_draws(before: torch.Tensor, after: torch.Tensor) -> int | None:
-    """How many words the host's generator gave between two states; None if it was not only by words that it changed.
-
-    An adapter's weights, say, are drawn before they are read from its file: a script's own draws go on behind those.
-    """
-    generator, block, one = torch.Generator(), torch.empty(_BLOCK, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    generator.set_state(before)
-    goal, last, count = _words(after), before, -_BLOCK
-    while _words(state := generator.get_state()) != goal:
-        if count > _MOST_DRAWS:
-            return None
-        last = state
-        block.random_(generator=generator)
-        count += _BLOCK
-    count = max(count, 0)
-    generator.set_state(last)
-    for more in range(2 * _BLOCK + 1):
-        if torch.equal(generator.get_state(), after):
-            return count + more
-        one.random_(generator=generator)
-    return None
-
-
-def skip_draws(count: int, moves: list[int]) -> None:
-    """Leave the host's generator where it would be after so many words, and the devices' where they would be."""
-    words = torch.empty(min(count, 1 << 20), dtype=torch.int32)
-    while count > 0:
-        words[:count].random_()
-        count -= len(words)
-    for place, move in enumerate(moves):
-        if move:
-            seed, offset = torch.cuda.get_rng_state(place).view(torch.int64).tolist()
-            torch.cuda.set_rng_state(torch.tensor([seed, offset + move]).view(torch.uint8), place)
-
-
-_BLOCK = 624
-"""Words that the Mersenne Twister makes at a time. Its state begins with 24 bytes of its place, then these, 8 bytes each."""
-
-
-def _words(state: torch.Tensor) -> bytes:
-    return state[24 : 24 + 8 * _BLOCK].numpy().tobytes()

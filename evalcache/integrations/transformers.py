@@ -121,6 +121,8 @@ def _patch_loading() -> None:
         return patched
 
     _replace(PreTrainedModel, "resize_token_embeddings", make_resize)
+    if "_finalize_model_loading" in vars(PreTrainedModel):
+        _replace(PreTrainedModel, "_finalize_model_loading", loading.heard)
 
 
 def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -128,10 +130,11 @@ def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callab
     found = vars(owner)[name]
     if (owner, name) in _patched and found is not _patched[owner, name][0]:
         return
-    original = found.__func__ if isinstance(found, classmethod) else found
+    kind = type(found) if isinstance(found, (classmethod, staticmethod)) else None
+    original = found.__func__ if kind else found
     ours = functools.wraps(original)(make(original))
     setattr(ours, ORIGINAL, original)
-    _patched[owner, name] = found, classmethod(ours) if isinstance(found, classmethod) else ours
+    _patched[owner, name] = found, kind(ours) if kind else ours
     setattr(owner, name, _patched[owner, name][1])
 
 
