@@ -46,7 +46,6 @@ class Asked:
 
 
 def make_script(_: Path) -> Callable[[Asked], dict[str, Any]]:
-    import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import evalcache
@@ -63,7 +62,9 @@ def make_script(_: Path) -> Callable[[Asked], dict[str, Any]]:
         tokenizer = AutoTokenizer.from_pretrained(asked.folder)
         model = AutoModelForCausalLM.from_pretrained(asked.folder, dtype=getattr(torch, asked.dtype)).eval()
         if asked.adapter:
-            model = peft.PeftModel.from_pretrained(model, asked.adapter).eval()
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, asked.adapter).eval()
 
         def generate(prompts: list[str], rows: int = BATCH, **settings: Any) -> list[list[int]]:
             found = []

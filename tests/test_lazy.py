@@ -57,6 +57,20 @@ def test_second_run_does_not_load(folder, run):
     assert (second.model_loads, second.hits, second.misses) == (0, 4, 0)
 
 
+def test_it_is_served_although_peft_is_imported_after_it_was_loaded(folder, run):
+    def late(path):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        cache = seam._installed.cache
+        seam.install(cache)  # as the import of PEFT has it done again
+        return model.generate(
+            input_ids=ids(), attention_mask=torch.ones(4, 8, dtype=torch.long), max_new_tokens=5, do_sample=False
+        )
+
+    cold, _ = run(ask, folder)
+    warm, counts = run(late, folder)
+    assert torch.equal(warm, cold) and (counts.model_loads, counts.hits) == (0, 4)
+
+
 def test_a_miss_wakes_it(folder, run):
     run(ask, folder)
     bare = ask(folder, 1)

@@ -47,7 +47,7 @@ def install(cache: Cache) -> None:
     A second call with another cache takes the first one's place.
     """
     global _installed
-    _installed = Seam(cache)
+    _installed = Seam.of(cache)  # the same one, where PEFT was imported since: a sleeping model holds on to it
     from transformers.generation.utils import GenerationMixin
 
     _patch(GenerationMixin, "generate")
