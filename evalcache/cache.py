@@ -32,11 +32,12 @@ from evalcache.errors import (
     UncacheableError,
 )
 from evalcache.folder import default_folder
-from evalcache.journal import Event, LookedUp, ModelLoaded, ModelSeen, RunEnded
+from evalcache.journal import Event, LookedUp, Measured, ModelLoaded, ModelSeen, RunEnded
 from evalcache.key import keys_of
 from evalcache.leases import Leases, is_one_of_several_ranks
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
+from evalcache.measuring import Meter
 from evalcache.outbox import Outbox
 from evalcache.provenance import describe_run
 from evalcache.records import Action, Entry, Hit, Lookup, Miss, Policy, Result
@@ -93,6 +94,7 @@ class Cache:
             raise EvalCacheError(f"unknown match {self.match!r}", hint="portable or strict", found=self.match)
         self.run_id = run or uuid.uuid4().hex
         self.counts = Counts()
+        self.meter = Meter()
         self.client = ("", "")
         # Everything in here is somebody's prompts and answers: nobody else's to read.
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -194,7 +196,7 @@ class Cache:
         serving = Serving(
             actions, keys, lookups, hand_over, max(COMMIT_S, watch.check_seconds / COMMIT_SHARE), labels,
             leases=self._leases(), look=self._look_again, fault=self._outbox.give_up, together=all_or_none, looked_at=looked_at,
-            taking=lambda: self.counts.taking("lookup"),
+            taking=lambda: self.counts.taking("lookup"), run=self.run_id,
         )  # fmt: skip
         whole = False
         try:
@@ -330,6 +332,7 @@ class Cache:
             self._closed = True
         self.flush()
         if self._outbox.started:
+            self._tell_used()
             self._outbox.tell(RunEnded(self.run_id, time.time(), status, exit_code))
             self._outbox.commit()
             self.sync()
@@ -340,6 +343,8 @@ class Cache:
         if self.policy is Policy.READ_ONLY:
             return
         began = time.perf_counter()
+        if not self._closed:
+            self._tell_used()
         try:
             with self.counts.taking("sync"):
                 Ledger(self.ledger_path).sync(self.store)
@@ -423,9 +428,14 @@ class Cache:
             self.counts.add(told.outcomes, told.reasons, told.seconds)
             root = watch.manifest.root.value if watch.manifest else b""
             keys = tuple(key.value for key in told.keys)
-            columns = [tuple(column) for column in (told.outcomes, told.reasons, told.seconds, told.tasks, told.documents)]
-            self._outbox.tell(LookedUp(self.run_id, time.time(), root, client, watch.role, keys, *columns))
+            columns = (told.outcomes, told.reasons, told.seconds, told.tasks, told.documents, told.devices)
+            self._outbox.tell(LookedUp(self.run_id, time.time(), root, client, watch.role, keys, *map(tuple, columns)))
         self._flush_soon()
+
+    def _tell_used(self) -> None:
+        for used in self.meter.used():
+            measured = (used.device, used.device_count, used.peak_bytes, used.energy_joules)
+            self._outbox.tell(Measured(self.run_id, time.time(), *measured))
 
     def _flush_soon(self) -> None:
         self._outbox.commit_if_due()
@@ -436,6 +446,7 @@ class Cache:
         """After a fork, in the child: what waits is the parent's to write, and the ledger the parent's to bring up to date."""
         self._lock = threading.RLock()  # a thread that is not here may hold it
         self._outbox.begin_child()
+        self.meter = Meter()
         self._synced_at = math.inf
         for watch in self._watches:
             watch.lock = threading.RLock()

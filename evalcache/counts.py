@@ -70,7 +70,10 @@ class Counts:
                 self.duplicate_seconds += cost_s or 0.0
             elif outcome == "hit":
                 self.hits += 1
-                self.credited_seconds += cost_s or 0.0
+                if reason == "own":  # computed by this very run: no saving
+                    self.duplicate_seconds += cost_s or 0.0
+                else:
+                    self.credited_seconds += cost_s or 0.0
             elif outcome == "uncacheable":
                 self.uncacheable[reason] += 1
             else:

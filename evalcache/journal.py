@@ -29,6 +29,7 @@ class RunStarted:
     host: str = ""
     policy: str = "use"
     match: str = "portable"
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,10 @@ class LookedUp:
     Args:
         keys: 16 bytes each, empty where there was no key (uncacheable).
         outcomes: ``hit``, ``miss``, ``uncacheable`` or ``duplicate`` (merged with an equal request of the same run).
-        reasons: of a miss or an uncacheable, else empty.
+        reasons: of a miss or an uncacheable; ``own`` of a hit whose entry this very run computed, which is no saving; else empty.
         seconds: credited to a hit or a duplicate (what its entry cost), spent by a miss or an uncacheable; None if not measured.
         tasks, documents: of the eval client, empty where there is none.
+        devices: where the seconds were measured, by name; empty where that is not known.
     """
 
     run: str
@@ -91,6 +93,7 @@ class LookedUp:
     seconds: tuple[float | None, ...]
     tasks: tuple[str, ...] = ()
     documents: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,24 @@ class Overhead:
     run: str
     at: float
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a process of a run saw of a device since the last such event; one that measures nothing tells nothing.
+
+    Args:
+        device: its name, as in `Cost`. device_count: how many of them the process uses.
+        peak_bytes: the most memory that was in use on one of them, over the whole process.
+        energy_joules: that they took; None where there is no meter, which is not the same as zero.
+    """
+
+    run: str
+    at: float
+    device: str
+    device_count: int
+    peak_bytes: int | None = None
+    energy_joules: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +191,9 @@ class Scored:
 
 OVERHEAD_KINDS = ("fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync")
 
-Event = RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead | TaskSeen | DocumentsSeen | Scored
+Event = (
+    RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead | Measured | TaskSeen | DocumentsSeen | Scored
+)
 _EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 

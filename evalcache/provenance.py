@@ -25,6 +25,7 @@ def describe_run(run: str, policy: Policy, match: str, client: str = "", client_
         host=socket.gethostname(),
         policy=policy.value,
         match=match,
+        tags=tuple(tag for one in os.environ.get("EVALCACHE_TAGS", "").split(",") if (tag := one.strip())),
     )
 
 

@@ -107,6 +107,12 @@ CREATE TABLE runs ( -- One row per process that began a run; all processes of a 
     policy VARCHAR, -- use, refresh, read_only, replay
     match VARCHAR -- portable or strict
 );
+CREATE TABLE run_tags ( -- The user's own words for a run (evalcache run --tag); one row per tag and process.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    tag VARCHAR -- as it was typed
+);
 CREATE TABLE run_ends ( -- One row per process that ended; a run without one is still going on, or was killed.
     store VARCHAR, -- store of the event
     seq BIGINT, -- number of the event
@@ -128,17 +134,28 @@ CREATE TABLE lookups ( -- One row per request of a run, and what became of it.
     task VARCHAR, -- of the eval
     document VARCHAR, -- of the task
     outcome VARCHAR, -- hit, miss, uncacheable or duplicate (merged with an equal request of the run)
-    reason VARCHAR, -- of a miss or an uncacheable
+    reason VARCHAR, -- of a miss or an uncacheable; own: a hit whose entry this very run computed, which is no saving
     detail VARCHAR, -- what exactly
-    seconds DOUBLE -- credited to a hit or a duplicate (what its entry cost), spent by a miss or an uncacheable
+    seconds DOUBLE, -- credited to a hit or a duplicate (what its entry cost), spent by a miss or an uncacheable
+    device VARCHAR -- where the seconds were measured; NULL where that is not known
 );
 CREATE TABLE overheads ( -- Seconds that evalcache itself took.
     store VARCHAR, -- store of the event
     seq BIGINT, -- number of the event
     run VARCHAR, -- id of the run
     reported_at TIMESTAMP, -- when it was reported
-    kind VARCHAR, -- fingerprint, checks, keys, lookup, decode, write, sync
+    kind VARCHAR, -- fingerprint, probe, checks, keys, lookup, decode, write, sync
     seconds DOUBLE -- since the report before
+);
+CREATE TABLE measurements ( -- What processes of a run saw of their devices.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    measured_at TIMESTAMP, -- when
+    device VARCHAR, -- its name, as in outputs
+    device_count INTEGER, -- how many of them the process used
+    peak_bytes BIGINT, -- the most memory that was in use on one of them; NULL where nobody counted
+    energy_joules DOUBLE -- that they took since the report before, by their own meters; NULL where there is none
 );
 CREATE TABLE model_loads ( -- Weights that were loaded; a run without a row left its models asleep.
     store VARCHAR, -- store of the event
@@ -189,7 +206,8 @@ SELECT m.* EXCLUDE (manifest), n.names, row_number() OVER (ORDER BY m.first_seen
 FROM (SELECT * FROM models QUALIFY row_number() OVER (PARTITION BY digest ORDER BY first_seen) = 1) m
 LEFT JOIN (SELECT model AS digest, list(DISTINCT name ORDER BY name) AS names FROM model_names GROUP BY model) n USING (digest);
 
--- What each run reused and what that saved. saved = credits of hits − our own overhead; duplicates are a line of their own.
+-- What each run reused and what that saved. saved = credits of hits − our own overhead. Duplicates are a line of their own, with
+-- the hits on what the run itself had computed before.
 CREATE VIEW hits_by_run AS
 WITH known AS (
     SELECT run FROM runs UNION SELECT run FROM run_ends UNION SELECT run FROM lookups UNION SELECT run FROM overheads
@@ -208,9 +226,9 @@ WITH known AS (
         count(*) FILTER (outcome = 'miss') AS misses,
         count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
         count(*) FILTER (outcome = 'duplicate') AS duplicates,
-        count(*) FILTER (outcome = 'hit' AND seconds IS NULL) AS unmeasured_hits,
-        coalesce(sum(seconds) FILTER (outcome = 'hit'), 0) AS credited_seconds,
-        coalesce(sum(seconds) FILTER (outcome = 'duplicate'), 0) AS duplicate_seconds,
+        count(*) FILTER (outcome = 'hit' AND seconds IS NULL AND reason IS DISTINCT FROM 'own') AS unmeasured_hits,
+        coalesce(sum(seconds) FILTER (outcome = 'hit' AND reason IS DISTINCT FROM 'own'), 0) AS credited_seconds,
+        coalesce(sum(seconds) FILTER (outcome = 'duplicate' OR reason = 'own'), 0) AS duplicate_seconds,
         coalesce(sum(seconds) FILTER (outcome IN ('miss', 'uncacheable')), 0) AS spent_seconds
     FROM (SELECT DISTINCT ON (store, seq, n) * FROM lookups) GROUP BY run
 ), own AS (

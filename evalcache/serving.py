@@ -44,6 +44,7 @@ class Told:
     seconds: list[float | None] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
 
 
 class Serving:
@@ -56,6 +57,7 @@ class Serving:
         leases: what other processes on the store leave to us, and we to them. look: hits among keys that missed before.
         fault: told of a store that does not answer. together: where one has to be computed, all are.
         looked_at: Unix seconds before the lookups; None means now. taking: put around all that `claims` does but computing.
+        run: id of the run; a hit on what it has itself computed is told as such.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Serving:
         together: bool = False,
         looked_at: float | None = None,
         taking: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        run: str = "",
     ) -> None:
         self._actions = actions
         self._keys = keys
@@ -95,6 +98,7 @@ class Serving:
         self._merged = 1
         self._longest_s = 0.0
         self._taking = taking
+        self._run = run
 
     @property
     def missing(self) -> list[int]:
@@ -288,13 +292,14 @@ class Serving:
             if self._first[key] != position:
                 outcome, reason = "duplicate", ""
             elif isinstance(lookup, Hit):
-                outcome, reason = "hit", ""
+                outcome, reason = "hit", "own" if self._run and lookup.entry.run == self._run else ""
             else:
                 outcome, reason = ("uncacheable" if isinstance(lookup, Uncacheable) else "miss"), lookup.reason
             told.keys.append(key)
             told.outcomes.append(outcome)
             told.reasons.append(reason)
             told.seconds.append(cost.seconds if cost else None)
+            told.devices.append(cost.device if cost else "")
             for names, mine in ((self._labels.tasks, told.tasks), (self._labels.documents, told.documents)):
                 if names:
                     mine.append(names[position])

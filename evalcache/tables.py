@@ -20,6 +20,7 @@ from evalcache.journal import (
     DocumentsSeen,
     Event,
     LookedUp,
+    Measured,
     ModelLoaded,
     ModelSeen,
     Overhead,
@@ -51,9 +52,12 @@ def event_rows(store: str, seq: int, event: Event) -> dict[str, list[Row]]:
         store: id of the store. seq: the event's number.
     """
     match event:
-        case RunStarted(run, at, command, client, client_version, versions, commit, host, policy, how):
+        case RunStarted(run, at, command, client, client_version, versions, commit, host, policy, how, tags):
             told = render_json(dict(versions))
-            return {"runs": [(store, seq, run, at, command, client, client_version, told, commit, host, policy, how)]}
+            return {
+                "runs": [(store, seq, run, at, command, client, client_version, told, commit, host, policy, how)],
+                "run_tags": [(store, seq, run, tag) for tag in dict.fromkeys(tags)],
+            }
         case RunEnded(run, at, status, code):
             return {"run_ends": [(store, seq, run, at, status, code)]}
         case ModelSeen(run, root, name, role):
@@ -62,6 +66,8 @@ def event_rows(store: str, seq: int, event: Event) -> dict[str, list[Row]]:
             return {"model_loads": [(store, seq, run, root.hex() or None, seconds)]}
         case Overhead(run, at, seconds):
             return {"overheads": [(store, seq, run, at, kind, spent) for kind, spent in seconds.items()]}
+        case Measured(run, at, device, count, peak, joules):
+            return {"measurements": [(store, seq, run, at, device, count, peak, joules)]}
         case LookedUp():
             return {"lookups": _lookup_rows(store, seq, event)}
         case TaskSeen(_, client, task, version, settings):
@@ -157,12 +163,19 @@ def _lookup_rows(store: str, seq: int, event: LookedUp) -> list[Row]:
     model = event.model.hex() or None
     rows = []
     told = zip(
-        event.keys, event.outcomes, event.reasons, event.seconds, event.tasks or none, event.documents or none, strict=True
+        event.keys,
+        event.outcomes,
+        event.reasons,
+        event.seconds,
+        event.tasks or none,
+        event.documents or none,
+        event.devices or none,
+        strict=True,
     )
-    for n, (key, outcome, why, seconds, task, document) in enumerate(told):
+    for n, (key, outcome, why, seconds, task, document, device) in enumerate(told):
         reason, _, detail = why.partition(": ")
         asked = (store, seq, n, event.run, event.at, key.hex() or None, model, event.client, event.role, task, document)
-        rows.append((*asked, outcome, reason or None, detail or None, seconds))
+        rows.append((*asked, outcome, reason or None, detail or None, seconds, device or None))
     return rows
 
 

@@ -18,6 +18,7 @@ import evalcache.cache as module
 from evalcache.cache import Cache
 from evalcache.digest import digest_bytes
 from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError, ReplayMissError
+from evalcache.journal import Measured
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest, ModuleRecord
 from evalcache.records import Action, Array, Cost, Environment, Fields, Request, Result, pack_tokens
@@ -319,3 +320,34 @@ def test_no_second_is_counted_twice():
     assert counts.overhead.keys() == {"lookup", "write", "checks", "sync"}
     assert counts.overhead["write"] >= 0.03 and counts.overhead["sync"] >= 0.01 and counts.overhead["lookup"] >= 0.02
     assert 0.06 <= counts.overhead.total() <= took_s - 0.04
+
+
+def test_what_a_run_computed_itself_is_no_saving_of_its_own(tmp_path):
+    cache = Cache(tmp_path)
+    watch = cache.watch(Watch(Engine().manifest, "engine"))
+    ask(cache, Engine(), watch=watch)  # three computed, one merged
+    cache.flush()
+    engine = Engine()
+    ask(cache, engine, watch=watch)  # three served, one merged
+    assert engine.asked == []
+    counts = cache.counts
+    assert (counts.hits, counts.credited_seconds, counts.duplicate_seconds) == (3, 0.0, 2.5)
+    cache.close()
+    told = Ledger(cache.ledger_path).query(
+        "SELECT outcome, reason, device, count(*)::INTEGER FROM lookups GROUP BY ALL ORDER BY outcome, reason"
+    )
+    assert told.rows == [("duplicate", None, "cpu", 2), ("hit", "own", "cpu", 3), ("miss", "absent", "cpu", 3)]
+    sums = "SELECT hits, credited_seconds, duplicate_seconds, unmeasured_hits, hit_rate_by_seconds FROM hits_by_run"
+    assert Ledger(cache.ledger_path).query(sums).rows == [(3, 0.0, 2.5, 0, 0.0)]
+
+
+def test_a_run_has_the_tags_that_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVALCACHE_TAGS", "nightly, small ,,nightly")
+    cache = Cache(tmp_path)
+    ask(cache, Engine())
+    cache.note(Measured(cache.run_id, 3.0, "NVIDIA H200", 2, None, 12.5))
+    cache.close()
+    ledger = Ledger(cache.ledger_path)
+    assert ledger.query("SELECT run, tag FROM run_tags ORDER BY tag").rows == [(cache.run_id, "nightly"), (cache.run_id, "small")]
+    told = ledger.query("SELECT run, device, device_count, peak_bytes, energy_joules FROM measurements").rows
+    assert told == [(cache.run_id, "NVIDIA H200", 2, None, 12.5)]
