@@ -49,6 +49,7 @@ LEVELS = {
     "environment": 3,
     "key": 3,
     "counts": 2,
+    "measuring": 2,  # what computing takes of devices
     "provenance": 3.5,
     "watch": 4.5,
     "decide": 3,
@@ -90,6 +91,7 @@ DOORS = {
     "click": {"cli"},
     "diskcache": {"rows"},
     "duckdb": {"ledger"},
+    "pynvml": {"measuring"},
     "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "weights", "wrappers"},
     "transformers": {"environment", "integrations"},
     "xxhash": {"digest"},

@@ -204,7 +204,7 @@ class _Batch:
         if noted is not None:
             chosen["stopping_criteria"] = [noted]
         real = lazy.awake(self.model)
-        with measured(unwrap(real), call.ids.device) as timer:
+        with measured(unwrap(real), call.ids.device, self.cache.meter) as timer:
             output = real.generate(**chosen)
         try:
             results = _results(call, output, missing, noted, timer)

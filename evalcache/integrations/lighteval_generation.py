@@ -38,6 +38,7 @@ from evalcache.integrations.processors import tokenizer_digest
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import AnotherModelError, Seam, not_again
 from evalcache.manifest import Manifest
+from evalcache.measuring import Meter
 from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving
 from evalcache.watch import Watch
@@ -224,7 +225,7 @@ class Generations:
     def _generate(self, lm: Any, given: dict[str, Any], call: Call) -> list[Result]:
         """What lighteval's own code has the model generate for one batch, a Result for each row."""
         made: list[tuple[torch.Tensor, Stopwatch]] = []
-        with _generating(lm, _timed(lm.model, made)):
+        with _generating(lm, _timed(lm.model, made, self.cache.meter)):
             lm._generate_padded(**given)
         ((sequences, watch),) = made
         results = row_results(call, sequences, call.rows)
@@ -274,7 +275,7 @@ class Generations:
             seam.wake(lm.model, watch, manifest)
             restore_generators(states, device)  # it makes its batches once more, and draws as it does
             made: list[tuple[torch.Tensor, Stopwatch]] = []
-            with _generating(lm, _timed(lm.model, made)):
+            with _generating(lm, _timed(lm.model, made, self.cache.meter)):
                 computed.extend(lm._padded_greedy_until(docs))
             arrays = {f"generator.{place}": to_array(state) for place, state in enumerate(generator_states(device))}
             tokens: list[int] = []
@@ -316,12 +317,12 @@ def _generating(lm: Any, generate: Callable[..., Any]) -> Iterator[None]:
         lm.model = model
 
 
-def _timed(model: Any, made: list[tuple[torch.Tensor, Stopwatch]]) -> Callable[..., Any]:
+def _timed(model: Any, made: list[tuple[torch.Tensor, Stopwatch]], meter: Meter) -> Callable[..., Any]:
     """The model's ``generate``, which leaves its sequences and seconds in ``made``."""
     model = lazy.awake(model)
 
     def generate(**kwargs: Any) -> Any:
-        with measured(unwrap(model), kwargs["input_ids"].device) as watch:
+        with measured(unwrap(model), kwargs["input_ids"].device, meter) as watch:
             output = model.generate(**kwargs)
         made.append((output.sequences, watch))
         return output

@@ -280,7 +280,7 @@ class _Part:
         generate = lm._model_generate
 
         def watched(context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-            with measured(unwrap(lazy.awake(lm._model)), context.device) as watch:
+            with measured(unwrap(lazy.awake(lm._model)), context.device, self.owner.cache.meter) as watch:
                 output = generate(context, max_length, stop, **kwargs)
             batch[:] = _rows(call, context, kwargs.get("attention_mask"), output, watch)
             return output

@@ -82,12 +82,14 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
             return model
         _loading.draws, _loading.base = Draws(), None
         model, told = original(path, *args, **kwargs, output_loading_info=True)
-        cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
+        took_s = time.perf_counter() - began
         # What was made up at random while loading, or with draws from the script's generator, cannot be promised.
         draws = _loading.draws
         whole = _is_whole(told) and (_loading.base if known.adapter else draws.nothing())
         if whole and cache.policy.writes:
             guarded(cache, lambda: known.remember(model, draws))
+        found = known_as(model)
+        cache.loaded(Digest(bytes(16) if found is None else found[1]["root"]), took_s)
         return model
     finally:
         _loading.active, _loading.draws = False, None

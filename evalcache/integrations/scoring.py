@@ -23,6 +23,7 @@ from evalcache.integrations.generators import generator_states, restore_generato
 from evalcache.integrations.probe import TOLERANCE, batch_dependent
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
+from evalcache.measuring import Meter
 from evalcache.records import Actions, Environment, Fields, Result, pack_logprobs, pack_tokens, unpack_logprobs
 from evalcache.serving import Labels
 from evalcache.tensors import dtype_name
@@ -181,7 +182,7 @@ def _serve(
             raise UncacheableError("unsupported", "rows of this model depend on each other")
         scoring.announce(len(rows) - len(missing), len(missing))
         exact = name if scoring.softmax_dtype is None else ""
-        scorer = _Scorer.of(live, rows, scoring, alone, missing, exact)
+        scorer = _Scorer.of(live, rows, scoring, alone, missing, exact, seam.cache.meter)
         scorers.append(scorer)
         return scorer.portions(missing)
 
@@ -264,7 +265,7 @@ class _Scorer:
 
     Args:
         most: rows of one batch; 0 means that its padded tokens count. waiting: how many were announced and are not done yet.
-        exact: the dtype that the logits were taken to have.
+        exact: the dtype that the logits were taken to have. meter: is told what computes.
     """
 
     model: Any
@@ -274,13 +275,21 @@ class _Scorer:
     most: int
     waiting: int
     exact: str
+    meter: Meter | None = None
     _planned: dict[int, tuple[list[int], _Batch]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: Any, rows: Sequence[Row], scoring: Scoring, alone: bool, missing: Sequence[int], exact: str = ""
+        cls,
+        model: Any,
+        rows: Sequence[Row],
+        scoring: Scoring,
+        alone: bool,
+        missing: Sequence[int],
+        exact: str = "",
+        meter: Meter | None = None,
     ) -> _Scorer:
-        scorer = cls(lazy.awake(model), rows, scoring, alone, 1 if alone else 0, len(missing), exact)
+        scorer = cls(lazy.awake(model), rows, scoring, alone, 1 if alone else 0, len(missing), exact, meter)
         if not alone and scoring.batch_rows is not None:
             scorer.most = scoring.batch_rows(list(scorer._inputs(missing)))
         return scorer
@@ -327,21 +336,15 @@ class _Scorer:
     def compute(self, places: Sequence[int]) -> Iterator[tuple[int, Result]]:
         """Score rows, batch by batch."""
         for batch in self._batches(places):
-            made = _score_batch(self.model, self.rows, self.scoring, list(batch), list(batch.values()), self.exact)
+            made = _score_batch(self, list(batch), list(batch.values()))
             self.waiting -= len(made)
             self.scoring.tick(len(made))
             yield from made
 
 
 @torch.no_grad()
-def _score_batch(
-    model: Any,
-    rows: Sequence[Row],
-    scoring: Scoring,
-    batch: Sequence[tuple[int, ...]],
-    places: Sequence[list[int]],
-    exact: str,
-) -> list[tuple[int, Result]]:
+def _score_batch(scorer: _Scorer, batch: Sequence[tuple[int, ...]], places: Sequence[list[int]]) -> list[tuple[int, Result]]:
+    model, rows, scoring, exact = scorer.model, scorer.rows, scorer.scoring, scorer.exact
     device = model.device
     width = max(len(one) for one in batch)
     ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -350,7 +353,7 @@ def _score_batch(
         ids[row, : len(one)] = torch.tensor(one)
         mask[row, : len(one)] = 1
     asked = [(row, place, rows[place][1]) for row, mine in enumerate(places) for place in mine]
-    with measured(None, device) as watch:
+    with measured(model, device, scorer.meter, first=False) as watch:
         with scoring.around():
             logits = scoring.forward(model, ids.to(device), mask.to(device))
         if exact not in ("", "logits", dtype_name(logits.dtype)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+from evalcache.environment import device_name
+from evalcache.measuring import Busy, Meter, process_peak_bytes
 from evalcache.records import Cost
 
 
@@ -22,40 +25,46 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def measured(model: Any, device: torch.device) -> Iterator[Stopwatch]:
-    """Measure what runs inside the block, waiting for the device at both ends.
+def measured(model: Any, device: torch.device, meter: Meter | None = None, *, first: bool = True) -> Iterator[Stopwatch]:
+    """Measure what runs inside the block, waiting for the devices at both ends.
 
     Args:
-        model: its first ``forward`` is timed apart, by a hook that is gone afterwards; None where that is of no use.
+        model: may lie on several devices. device: of what it is asked.
+        meter: is told that these devices compute now.
+        first: whether the model's first ``forward`` is timed apart, by a hook that is gone afterwards.
     """
     watch = Stopwatch()
     handle = None
+    devices = devices_of(model, device)
 
     def _first(*_: Any) -> None:
         nonlocal handle
         if handle is not None:
             handle.remove()
             handle = None
-            _synchronize(device)
+            _synchronize(devices)
             watch.first_s = time.perf_counter() - began
 
-    _synchronize(device)
-    if model is not None and type(model).__name__ != "OptimizedModule":  # a hook would make it compile again
+    _synchronize(devices)
+    if first and type(model).__name__ != "OptimizedModule":  # a hook would make it compile again
         handle = model.register_forward_hook(_first)
-    began = time.perf_counter()
-    try:
-        yield watch
-    finally:
-        if handle is not None:
-            handle.remove()
-        _synchronize(device)
-        watch.total_s = time.perf_counter() - began
+    with contextlib.nullcontext() if meter is None else meter.computing(_busy(devices)):
+        began = time.perf_counter()
+        try:
+            yield watch
+        finally:
+            if handle is not None:
+                handle.remove()
+            _synchronize(devices)
+            watch.total_s = time.perf_counter() - began
 
 
 def share(watch: Stopwatch, prompts: Sequence[int], completions: Sequence[int], device: str) -> list[Cost]:
     """A batch's seconds shared over its rows, so that they add up to what was measured.
 
-    The time to the first token is shared by prompt tokens, the rest by completion tokens.
+    The time to the first token is shared by prompt tokens, the rest by completion tokens: what a token of either weighs beside
+    the other is as measured in this batch. Where the first token was not timed apart (a compiled model), all is shared by
+    completion tokens.
     """
     rows = len(prompts)
     first_s = min(watch.first_s, watch.total_s)
@@ -74,6 +83,30 @@ def share(watch: Stopwatch, prompts: Sequence[int], completions: Sequence[int], 
     ]
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def devices_of(model: Any, device: torch.device) -> tuple[torch.device, ...]:
+    """The devices that compute: where a map has put a model's parts, else the one that is asked."""
+    places = getattr(model, "hf_device_map", None)
+    if not isinstance(places, dict) or device.type != "cuda":
+        return (device,)
+    # Parts on the host or on disk come to the others when their turn is there. A map names a GPU by its number, too.
+    found = {torch.device("cuda", place) if type(place) is int else torch.device(place) for place in places.values()}
+    here = tuple(sorted((one for one in found if one.type == device.type), key=lambda one: one.index or 0))
+    return here or (device,)
+
+
+@functools.cache
+def _busy(devices: tuple[torch.device, ...]) -> Busy:
+    kind = devices[0].type
+    if kind == "cpu":
+        return Busy(device_name(kind), 1, process_peak_bytes)
+    if kind != "cuda":
+        return Busy(device_name(kind), len(devices))
+    uuids = [getattr(torch.cuda.get_device_properties(one), "uuid", None) for one in devices]
+    known = () if None in uuids else tuple(f"GPU-{uuid}" for uuid in uuids)
+    return Busy(device_name(kind), len(devices), lambda: max(map(torch.cuda.max_memory_allocated, devices)), known)
+
+
+def _synchronize(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

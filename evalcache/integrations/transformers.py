@@ -340,7 +340,7 @@ class Seam:
     def _compute(self, call: Call, inner: Any, original: Callable[..., Any], missing: Sequence[int]) -> tuple[Any, list[Result]]:
         device = call.ids.device
         chosen = call.arguments if call.whole else generation.select_rows(call, missing)
-        with measured(inner, device) as watch:
+        with measured(inner, device, self.cache.meter) as watch:
             output = original(**chosen)
         try:
             with self.cache.counts.taking("write"):
