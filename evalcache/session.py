@@ -42,6 +42,9 @@ CLIENTS = {
 }
 """Eval clients with an adapter of their own (``integrations/<name>.py``), and the modules after whose import it is installed."""
 
+ENGINES = ("vllm", "sglang")
+"""Engines that load models in their own way: below `evalcache plan` a process that imports one ends, before it takes a GPU."""
+
 SERVERS = ("uvicorn.server",)
 """Modules of servers that end their process by a signal (`transformers serve` runs in one)."""
 
@@ -65,12 +68,18 @@ class Session:
         self._pid = os.getpid()
         self._clients: list[str] = []
         self._unwatch_server: Callable[[], None] = lambda: None
-        self._hooks = (
+        self._plan = os.environ.get("EVALCACHE_PLAN") or None
+        self._hooks: tuple[ImportHook, ...] = (
             ImportHook(TRIGGERS, self._install),
             ImportHook(LATECOMERS, self._install_again),
             ImportHook(SERVERS, self._watch_server),
             *(ImportHook(modules, functools.partial(self._install_client, name)) for name, modules in CLIENTS.items()),
         )
+        if self._plan is not None:
+            self._hooks += (
+                ImportHook(("lm_eval.evaluator",), self._plan_evaluator),
+                *(ImportHook((name,), functools.partial(self._end_plan, name)) for name in ENGINES),
+            )
 
     @property
     def off(self) -> bool:
@@ -82,16 +91,22 @@ class Session:
     def cache(self) -> Cache | None:
         """This process's cache, opened when first asked for; None where the policy is off or the cache cannot be opened."""
         if self._cache is None and not (self._failed or self._closed or self.off):
-            # Imported here: DuckDB and diskcache cost a process that meets no model a fifth of a second.
-            from evalcache.cache import Cache
-
             try:
-                run = os.environ.get("EVALCACHE_RUN") or None
-                self._cache = Cache(self.directory, policy=self.policy, match=self.match, run=run)
+                self._cache = self._open()
             except Exception as error:
                 self._failed = True
                 _warn(f"cannot open the cache ({_say(error)}); running without it")
         return self._cache
+
+    def _open(self) -> Cache:
+        # Imported here: DuckDB and diskcache cost a process that meets no model a fifth of a second.
+        if self._plan is not None:
+            from evalcache.planning import PlanCache
+
+            return PlanCache(self.directory, policy=self.policy, match=self.match, folder=self._plan)
+        from evalcache.cache import Cache
+
+        return Cache(self.directory, policy=self.policy, match=self.match, run=os.environ.get("EVALCACHE_RUN") or None)
 
     def reopen(self) -> None:
         """Begin again with the settings that were chosen since, where a cache was opened but no model has been met."""
@@ -117,7 +132,7 @@ class Session:
         self._closed = True
         self._unwatch_server()
         for name in self._clients:
-            importlib.import_module(f"evalcache.integrations.{name}").uninstall()
+            self._client(name).uninstall()
         if self._installed:
             from evalcache.integrations.transformers import uninstall
 
@@ -145,9 +160,8 @@ class Session:
         if self._closed or os.getpid() != self._pid or self.cache is None:
             return
         try:
-            from evalcache.integrations.transformers import install
-
-            install(self.cache)
+            seam = importlib.import_module(f"evalcache.integrations.{'transformers' if self._plan is None else 'planning'}")
+            seam.install(self.cache)
             self._installed = True
         except Exception as error:
             _warn(f"cannot hold on to transformers ({_say(error)}); running without it")
@@ -165,13 +179,27 @@ class Session:
         """Hold on to an eval client, whose module has just been imported."""
         if self._closed or os.getpid() != self._pid or self.cache is None:
             return
+        if self._plan is not None and name != "lm_eval":
+            self._end_plan(name)
         if name not in self._clients:
             self._clients.append(name)
         try:
-            importlib.import_module(f"evalcache.integrations.{name}").install(self.cache)
+            self._client(name).install(self.cache)
         except Exception as error:
-            importlib.import_module(f"evalcache.integrations.{name}").uninstall()
+            self._client(name).uninstall()
             _warn(f"cannot hold on to {name} ({_say(error)}); it runs without its adapter")
+
+    def _client(self, name: str) -> Any:
+        return importlib.import_module(f"evalcache.integrations.{name}{'' if self._plan is None else '_plan'}")
+
+    def _plan_evaluator(self) -> None:
+        from evalcache.integrations.lm_eval_plan import watch_evaluator
+
+        watch_evaluator(self.cache)  # type: ignore[arg-type]
+
+    def _end_plan(self, name: str) -> None:
+        if self.cache is not None:
+            self.cache.end(f"what {name} will ask is not known before it has loaded its model")  # type: ignore[attr-defined]
 
     def _print_summary(self, cache: Cache) -> None:
         from evalcache.summary import calls_seen, format_summary

@@ -170,6 +170,8 @@ class _Checkpoint:
                 *runtime(),
             ]
         )
+        self.last = digest_canonical([self.identity.value, name_of(cls), "last"])
+        """Where it is written down how these files were loaded last, for whoever wonders what has changed since."""
 
     @classmethod
     def find(cls, cache: Cache, model: type, path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Checkpoint | None:
@@ -255,6 +257,7 @@ class _Checkpoint:
             if same and self._identify() == self.identity:
                 self.cache.put_object(f"model/{manifest.root.hex}", manifest.to_bytes())
                 self.index.remember(self.key, record)
+                self.index.remember(self.last, {"root": manifest.root.value, "runtime": runtime()})
                 note(model, self.key, record)
         except (EvalCacheError, OSError, ValueError, TypeError, AttributeError):
             return  # it will be loaded again next time: slower, and as right
