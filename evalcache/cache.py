@@ -428,7 +428,7 @@ class Cache:
             self.counts.add(told.outcomes, told.reasons, told.seconds)
             root = watch.manifest.root.value if watch.manifest else b""
             keys = tuple(key.value for key in told.keys)
-            columns = (told.outcomes, told.reasons, told.seconds, told.tasks, told.documents, told.devices)
+            columns = (told.outcomes, told.reasons, told.seconds, told.tasks, told.documents, told.devices, told.origins)
             self._outbox.tell(LookedUp(self.run_id, time.time(), root, client, watch.role, keys, *map(tuple, columns)))
         self._flush_soon()
 

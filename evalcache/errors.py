@@ -84,8 +84,24 @@ class UnknownNameError(EvalCacheError):
     """A run, key or checkpoint was named that does not exist here. Fields: ``found`` (the name given)."""
 
 
+class PriceError(EvalCacheError):
+    """A price or a table of prices cannot be read. Fields: ``path`` or ``found``."""
+
+
 class CommandError(EvalCacheError):
     """The command of ``evalcache run`` cannot be started. Fields: ``path`` (the command), ``exit_code`` (127 or 126)."""
+
+
+class PlanError(EvalCacheError):
+    """No plan can be made of a command: its requests are not known before it runs."""
+
+
+class BudgetError(EvalCacheError):
+    """A budget is none, or its price is not known. Fields: ``found``."""
+
+
+BUDGET_EXIT_CODE = 4
+"""With which a run ends whose budget is spent. What was computed is stored: the same command goes on from there."""
 
 
 class EvalCacheWarning(UserWarning):

@@ -80,6 +80,7 @@ class LookedUp:
         seconds: credited to a hit or a duplicate (what its entry cost), spent by a miss or an uncacheable; None if not measured.
         tasks, documents: of the eval client, empty where there is none.
         devices: where the seconds were measured, by name; empty where that is not known.
+        origins: of a hit or its duplicates, the run that computed the entry; else empty.
     """
 
     run: str
@@ -94,6 +95,7 @@ class LookedUp:
     tasks: tuple[str, ...] = ()
     documents: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

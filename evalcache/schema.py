@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from evalcache.auditviews import VIEWS
+
 _TABLES_1 = """
 CREATE TABLE schema_version ( -- Steps of this schema that were applied; the highest number counts.
     version INTEGER, -- number of the step
@@ -55,7 +57,9 @@ CREATE TABLE modules ( -- One row per module of a model. Equal digests compute t
     digest UUID, -- over class, code, attributes, tensors and children
     class VARCHAR, -- its class
     tensors INTEGER, -- tensors that it owns itself, children's not included
-    bytes BIGINT -- bytes of these
+    bytes BIGINT, -- bytes of these
+    own UUID, -- digest over class, code, attributes and these tensors: what it is without its children
+    weights UUID -- digest over these tensors alone
 );
 CREATE TABLE fields ( -- Settings and environments in the canonical bytes that are keyed: JSON cannot hold them exactly.
     digest UUID, -- of the bytes
@@ -64,6 +68,7 @@ CREATE TABLE fields ( -- Settings and environments in the canonical bytes that a
 CREATE TABLE requests ( -- What was asked: one row per key.
     key UUID, -- key of the whole action
     request UUID, -- digest of kind, settings, prompt and inputs: equal for two models that are asked the same thing
+    prompt UUID, -- digest of kind, prompt and inputs alone: equal for requests that differ in their settings
     kind VARCHAR, -- generate, loglikelihood, …
     model UUID, -- manifest root
     settings_digest UUID, -- effective settings
@@ -137,7 +142,8 @@ CREATE TABLE lookups ( -- One row per request of a run, and what became of it.
     reason VARCHAR, -- of a miss or an uncacheable; own: a hit whose entry this very run computed, which is no saving
     detail VARCHAR, -- what exactly
     seconds DOUBLE, -- credited to a hit or a duplicate (what its entry cost), spent by a miss or an uncacheable
-    device VARCHAR -- where the seconds were measured; NULL where that is not known
+    device VARCHAR, -- where the seconds were measured; NULL where that is not known
+    origin VARCHAR -- of a hit or its duplicates: the run that computed the entry
 );
 CREATE TABLE overheads ( -- Seconds that evalcache itself took.
     store VARCHAR, -- store of the event
@@ -326,7 +332,7 @@ FROM told a JOIN told b USING (client, task, role, metric, document)
 WHERE a.place < b.place;
 """
 
-STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1,)
+STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1 + VIEWS,)
 """Step *n* is ``STEPS[n - 1]``. A step is never edited once released; a change is a new step."""
 
 VERSION = len(STEPS)

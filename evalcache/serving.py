@@ -45,6 +45,7 @@ class Told:
     tasks: list[str] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
 
 
 class Serving:
@@ -300,6 +301,7 @@ class Serving:
             told.reasons.append(reason)
             told.seconds.append(cost.seconds if cost else None)
             told.devices.append(cost.device if cost else "")
+            told.origins.append(lookup.entry.run if isinstance(lookup, Hit) else "")
             for names, mine in ((self._labels.tasks, told.tasks), (self._labels.documents, told.documents)):
                 if names:
                     mine.append(names[position])

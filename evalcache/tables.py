@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evalcache.canonical import encode_trusted
+from evalcache.canonical import digest_canonical, encode_trusted
 from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
 from evalcache.frame import Question
 from evalcache.journal import (
@@ -29,7 +29,7 @@ from evalcache.journal import (
     Scored,
     TaskSeen,
 )
-from evalcache.manifest import Manifest
+from evalcache.manifest import Manifest, ModuleRecord
 from evalcache.records import Entry
 from evalcache.schema import columns
 
@@ -88,9 +88,11 @@ def request_row(key: Digest, question: Question, read: Callable[[Digest], str | 
     """
     inputs = dict(question.inputs)
     asked = digest_bytes(encode_trusted([question.kind, question.settings.value, question.tokens, inputs]))
+    prompt = digest_bytes(encode_trusted([question.kind, question.tokens, inputs]))
     return (
         key.hex,
         asked.hex,
+        prompt.hex,
         question.kind,
         question.model.hex,
         question.settings.hex,
@@ -152,10 +154,25 @@ def model_rows(manifest: Manifest, data: bytes, seen_at: float) -> dict[str, lis
             )
         ],
         "modules": [
-            (root, path, m.digest.hex, m.class_name, len(m.tensors), sum(tensor.size_bytes for tensor in m.tensors.values()))
-            for path, m in manifest.modules.items()
+            (
+                root,
+                path,
+                module.digest.hex,
+                module.class_name,
+                len(module.tensors),
+                sum(tensor.size_bytes for tensor in module.tensors.values()),
+                *_own_digests(module),
+            )
+            for path, module in manifest.modules.items()
         ],
     }
+
+
+def _own_digests(module: ModuleRecord) -> tuple[str, str]:
+    """Of a module without its children, and of its tensors alone."""
+    weights = digest_canonical({name: tensor.digest.value for name, tensor in module.tensors.items()})
+    parts = {kind: digest.value for kind, digest in module.parts.items()}
+    return digest_canonical([module.class_name, parts, weights.value]).hex, weights.hex
 
 
 def _lookup_rows(store: str, seq: int, event: LookedUp) -> list[Row]:
@@ -170,12 +187,13 @@ def _lookup_rows(store: str, seq: int, event: LookedUp) -> list[Row]:
         event.tasks or none,
         event.documents or none,
         event.devices or none,
+        event.origins or none,
         strict=True,
     )
-    for n, (key, outcome, why, seconds, task, document, device) in enumerate(told):
+    for n, (key, outcome, why, seconds, task, document, device, origin) in enumerate(told):
         reason, _, detail = why.partition(": ")
         asked = (store, seq, n, event.run, event.at, key.hex() or None, model, event.client, event.role, task, document)
-        rows.append((*asked, outcome, reason or None, detail or None, seconds, device or None))
+        rows.append((*asked, outcome, reason or None, detail or None, seconds, device or None, origin or None))
     return rows
 
 

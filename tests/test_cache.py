@@ -334,9 +334,14 @@ def test_what_a_run_computed_itself_is_no_saving_of_its_own(tmp_path):
     assert (counts.hits, counts.credited_seconds, counts.duplicate_seconds) == (3, 0.0, 2.5)
     cache.close()
     told = Ledger(cache.ledger_path).query(
-        "SELECT outcome, reason, device, count(*)::INTEGER FROM lookups GROUP BY ALL ORDER BY outcome, reason"
+        "SELECT outcome, reason, device, origin, count(*)::INTEGER FROM lookups GROUP BY ALL ORDER BY outcome, reason, origin"
     )
-    assert told.rows == [("duplicate", None, "cpu", 2), ("hit", "own", "cpu", 3), ("miss", "absent", "cpu", 3)]
+    assert told.rows == [
+        ("duplicate", None, "cpu", cache.run_id, 1),
+        ("duplicate", None, "cpu", None, 1),
+        ("hit", "own", "cpu", cache.run_id, 3),
+        ("miss", "absent", "cpu", None, 3),
+    ]
     sums = "SELECT hits, credited_seconds, duplicate_seconds, unmeasured_hits, hit_rate_by_seconds FROM hits_by_run"
     assert Ledger(cache.ledger_path).query(sums).rows == [(3, 0.0, 2.5, 0, 0.0)]
 

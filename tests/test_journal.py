@@ -41,6 +41,7 @@ LOOKED_UP = LookedUp(
     tasks=("gsm8k",) * 3,
     documents=("1", "2", "3"),
     devices=("cpu", "", "NVIDIA H200"),
+    origins=("o", "", ""),
 )
 EVENTS = [
     RunStarted("r", 1.0, "python eval.py", "transformers", "5.23.0", {"torch": "2.13.0"}, "abc", "host", "use", "strict"),

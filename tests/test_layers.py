@@ -57,7 +57,9 @@ LEVELS = {
     "serving": 4,  # the requests of one call
     "frame": 3,
     "journal": 3,
+    "auditviews": 2.9,  # SQL behind the figures of an audit
     "schema": 3,
+    "prices": 2,  # what an hour of a device costs
     "rows": 3,  # bytes under bytes in one file
     "tables": 3.5,  # events and entries → rows of the ledger
     "intake": 3.8,  # these on their way into the tables
