@@ -56,6 +56,14 @@ class Place:
         return ledger
 
 
+def _tags(context: click.Context, option: click.Parameter, tags: Sequence[str]) -> Sequence[str]:
+    """Tags as they can be told apart in ``EVALCACHE_TAGS``."""
+    for tag in tags:
+        if "," in tag or not tag.strip():
+            raise click.BadParameter(f"{tag!r}: a tag is not empty and has no comma")
+    return tags
+
+
 def _asks_a_cache(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The two options of every verb that asks a cache."""
     verb = click.option("--json", "as_json", is_flag=True, help="Print one JSON document with stable field names.")(verb)
@@ -77,15 +85,37 @@ def commands() -> None:
 @click.option("--dir", "directory", metavar="FOLDER", help="Cache folder (default: EVALCACHE_DIR, or the user's cache folder).")
 @click.option("--policy", type=click.Choice(_POLICIES), help="What the run may do with the store (default: EVALCACHE, or use).")
 @click.option("--match", type=click.Choice(_MATCHES), help="strict: key the device and the batch (default: EVALCACHE_MATCH).")
+@click.option("--tag", "tags", metavar="NAME", multiple=True, callback=_tags, help="A word of yours for this run; repeatable.")
+@click.option("--ab", is_flag=True, help="Run it bare as well, and compare what is claimed with what the clock says.")
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="With --ab: write the figures there.")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(directory: str | None, policy: str | None, match: str | None, command: Sequence[str]) -> None:
+def run(
+    directory: str | None,
+    policy: str | None,
+    match: str | None,
+    tags: Sequence[str],
+    ab: bool,
+    json_path: str | None,
+    command: Sequence[str],
+) -> int:
     """Run a command with evalcache in it: evalcache run -- python eval.py --limit 500
 
     The command's exit code, output, input and signals are its own. One line on stderr says at the end what was reused.
+
+    With --ab the command runs two or three times, without input: cached (again, where the first had to fill the store), then
+    bare. Compared are whole processes: the seconds of hits, merged requests and avoided loads less our overhead, with what the
+    bare run took longer by the clock. Exit code 1 where the claim is more than 15 % off; the command's own where it fails.
     """
+    if ab:
+        from evalcache.ab import run_compared
+
+        found = run_compared(command, directory=directory, policy=policy, match=match, tags=tags)
+        return found if isinstance(found, int) else found.tell(json_path)
+    if json_path is not None:
+        raise click.UsageError("--json FILE is for --ab")
     from evalcache.launch import run_command
 
-    run_command(command, directory=directory, policy=policy, match=match)
+    run_command(command, directory=directory, policy=policy, match=match, tags=tags)
 
 
 @commands.command()
@@ -233,7 +263,7 @@ def explain(left: str, right: str, directory: str | None, as_json: bool) -> None
 
     That is why the one could not answer for the other.
     """
-    from evalcache.audit import explain_keys
+    from evalcache.misses import explain_keys
     from evalcache.names import find_key
     from evalcache.printing import print_json, visible
 

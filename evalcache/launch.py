@@ -34,6 +34,7 @@ def launch_environment(
     directory: str | os.PathLike[str] | None = None,
     policy: str | None = None,
     match: str | None = None,
+    tags: Sequence[str] = (),
 ) -> dict[str, str]:
     """The environment under which a command and all its Python children run with evalcache.
 
@@ -45,6 +46,7 @@ def launch_environment(
         base: the environment to start from; not changed.
         directory: cache folder, made absolute because the command may change its working folder.
         policy, match: set ``EVALCACHE`` and ``EVALCACHE_MATCH``; None leaves what ``base`` says.
+        tags: the user's own words for the run, added to those of ``EVALCACHE_TAGS``.
     """
     environment = dict(base)
     if policy is not None:
@@ -60,6 +62,8 @@ def launch_environment(
     environment.setdefault("EVALCACHE_RUN", uuid.uuid4().hex)
     environment["EVALCACHE_COMMAND"] = shlex.join(command)
     environment["EVALCACHE_ACTIVE"] = "1"
+    if tags:
+        environment["EVALCACHE_TAGS"] = ",".join([*filter(None, [environment.get("EVALCACHE_TAGS", "").strip(", ")]), *tags])
     # No empty part may be left behind: Python reads it as the current folder.
     parts = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(SITE_FOLDER)]
     environment["PYTHONPATH"] = os.pathsep.join([str(SITE_FOLDER), *parts])
@@ -116,25 +120,32 @@ def _isolating_option(command: Sequence[str]) -> str | None:
     return None
 
 
+def warn_unreachable(command: Sequence[str]) -> None:
+    """Say on stderr that a command keeps evalcache out, where it does."""
+    if (option := find_unreachable(command)) is not None:
+        print(
+            f"evalcache: warning: {shlex.join(command[:2])} … is run with {option}, which keeps evalcache out; "
+            "nothing will be cached (leave the option out, or call evalcache.enable() in the script)",
+            file=sys.stderr,
+        )
+
+
 def run_command(
     command: Sequence[str],
     *,
     directory: str | os.PathLike[str] | None = None,
     policy: str | None = None,
     match: str | None = None,
+    tags: Sequence[str] = (),
 ) -> NoReturn:
     """Become ``command`` with evalcache in it. Returns only by raising.
 
     Raises:
         CommandError: the command cannot be started (exit code 127: not found, 126: not executable), as a shell has it.
     """
-    environment = launch_environment(command, os.environ, directory=directory, policy=policy, match=match)
-    if not is_off(environment) and (option := find_unreachable(command)) is not None:
-        print(
-            f"evalcache: warning: {shlex.join(command[:2])} … is run with {option}, which keeps evalcache out; "
-            "nothing will be cached (leave the option out, or call evalcache.enable() in the script)",
-            file=sys.stderr,
-        )
+    environment = launch_environment(command, os.environ, directory=directory, policy=policy, match=match, tags=tags)
+    if not is_off(environment):
+        warn_unreachable(command)
     sys.stdout.flush()
     sys.stderr.flush()
     for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these two, and what is ignored stays so across exec

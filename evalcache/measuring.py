@@ -171,7 +171,7 @@ def board_joules(uuids: Sequence[str]) -> float | None:
     global _nvml
     try:
         if _nvml is None:
-            import pynvml
+            import pynvml  # type: ignore[import-not-found, unused-ignore]
 
             pynvml.nvmlInit()
             _nvml = pynvml

@@ -39,6 +39,11 @@ def row_results(call: Call, output: Any, rows: int) -> list[Result]:
     return results
 
 
+def tokens_made(result: Result) -> int:
+    """New tokens of a row, of all the sequences that were returned for it."""
+    return (len(result.tokens) + sum(len(more) for more in result.scalars.get("sequences", ()))) // 4
+
+
 def _until_end(call: Call, tokens: Any) -> Any:
     # What follows a row's end is padding, as long as its longest neighbour: not the row's own.
     for place, token in enumerate(tokens.tolist()):

@@ -363,7 +363,7 @@ class Seam:
             return [replace(result, cost=replace(cost, batch_size=call.rows))]
         results = outputs.row_results(call, output, len(missing))
         prompts = [int(call.mask[row].sum()) for row in missing]
-        costs = share(watch, prompts, [len(result.tokens) // 4 for result in results], name)
+        costs = share(watch, prompts, [outputs.tokens_made(result) for result in results], name)
         return [replace(result, cost=cost) for result, cost in zip(results, costs, strict=True)]
 
     def _strictly(self, environment: Environment, call: Call) -> Environment:
