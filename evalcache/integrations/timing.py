@@ -46,9 +46,9 @@ def measured(model: Any, device: torch.device, meter: Meter | None = None, *, fi
             watch.first_s = time.perf_counter() - began
 
     _synchronize(devices)
-    if first and type(model).__name__ != "OptimizedModule":  # a hook would make it compile again
-        handle = model.register_forward_hook(_first)
-    with contextlib.nullcontext() if meter is None else meter.computing(_busy(devices)):
+    with contextlib.nullcontext() if meter is None else meter.computing(_busy(devices)):  # which may end the process
+        if first and type(model).__name__ != "OptimizedModule":  # a hook would make it compile again
+            handle = model.register_forward_hook(_first)
         began = time.perf_counter()
         try:
             yield watch
@@ -88,10 +88,9 @@ def devices_of(model: Any, device: torch.device) -> tuple[torch.device, ...]:
     places = getattr(model, "hf_device_map", None)
     if not isinstance(places, dict) or device.type != "cuda":
         return (device,)
-    # Parts on the host or on disk come to the others when their turn is there. A map names a GPU by its number, too.
-    found = {torch.device("cuda", place) if type(place) is int else torch.device(place) for place in places.values()}
-    here = tuple(sorted((one for one in found if one.type == device.type), key=lambda one: one.index or 0))
-    return here or (device,)
+    # A map names a GPU by its number, too. Parts on the host or on disk come to the others when their turn is there.
+    found = {str(place) if not isinstance(place, int) else f"cuda:{place}" for place in places.values()}
+    return tuple(torch.device(place) for place in sorted(found) if place.startswith("cuda")) or (device,)
 
 
 @functools.cache
