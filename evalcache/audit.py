@@ -1,30 +1,26 @@
-"""The audit: what a run reused and what that saved, and, where nothing was reused, why not.
+"""The audit: what was reused, what that saved, and what our part of it cost, in figures that add up.
 
 Only measured seconds count. A hit is credited with what its entry cost when it was computed; what evalcache itself took is
-subtracted, so ``saved_seconds`` may be negative. Requests that were merged with an equal one of the same run saved something,
-too, but not through the store: they are a line of their own.
+subtracted, so what is saved may be negative. Every figure comes from a view of the ledger (`auditviews.py`), which it names, so
+that anybody can check it; prices are applied here and never stored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from evalcache.canonical import decode
 from evalcache.digest import Digest
-from evalcache.errors import CanonicalError, UnknownNameError
+from evalcache.errors import AuditError
 from evalcache.ledger import Ask, Ledger
-from evalcache.manifest import Manifest, ManifestDiff
-from evalcache.records import unpack_tokens
-from evalcache.store import Store
+from evalcache.misses import explain_causes
+from evalcache.names import find_run
+from evalcache.prices import Price, Prices, read_prices
 
-_MODULES = "model.modules"
-_MOST_FIELDS = 4  # differing fields that are named in one sentence
-_MOST_MODELS = 50  # elder models that are compared with a new one, the latest first
+MOST_EXPENSIVE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +30,9 @@ class RunSummary:
     Args:
         status: ``ok``, ``failed``, ``interrupted``, or ``unfinished`` (still going on, or killed).
         saved_seconds: ``credited_seconds - overhead_seconds``. May be negative.
-        credited_seconds: what the entries that were hit cost when they were computed.
+        credited_seconds: what the entries that were hit cost when earlier runs computed them.
         unmeasured_hits: hits whose entries have no measured cost; they are credited nothing.
-        duplicate_seconds: likewise credited to requests that were merged with an equal one of this run.
+        duplicate_seconds: likewise credited to requests that were merged with an equal one of this run, or computed by it.
         spent_seconds: what misses and uncacheable requests took.
         overhead: seconds that evalcache itself took, by kind.
         model_digest: of the model that was met first; model_digests: of all, in that order.
@@ -71,19 +67,6 @@ class RunSummary:
         return {spec.name: _listed(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
 
 
-class Difference(NamedTuple):
-    """One keyed field in which two entries differ; None where a side does not have it."""
-
-    field: str
-    left: Any
-    right: Any
-
-    def __str__(self) -> str:
-        if self.field == _MODULES:  # one sentence about both sides
-            return f"{self.field}: {self.right}"
-        return f"{self.field}: {_said(self.left)} → {_said(self.right)}"
-
-
 def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
     """Sum up one run.
 
@@ -95,7 +78,7 @@ def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
         LedgerLockedError: another program has the ledger open.
     """
     with ledger.reading() as ask:
-        run = _find_run(ask, run)
+        run = find_run(ask, run)
         table = ask("SELECT * FROM hits_by_run WHERE run = ?", [run])
         found = dict(zip(table.columns, table.rows[0], strict=True))
         own = ask(
@@ -112,7 +95,7 @@ def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
     digests = tuple(str(Digest.parse(row[0])) for row in models.rows)
     given = {name: found[name] for name in (spec.name for spec in dataclasses.fields(RunSummary)) if name in found}
     for name in ("started_at", "ended_at"):
-        given[name] = None if found[name] is None else f"{found[name].isoformat()}Z"
+        given[name] = _said_time(found[name])
     return RunSummary(
         **given,
         uncacheable_reasons={reason or "": count for reason, count in reasons.rows},
@@ -122,238 +105,442 @@ def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
     )
 
 
-def explain_keys(store: Store, left: Digest, right: Digest) -> list[Difference]:
-    """In which keyed fields two stored entries differ; an empty list where the keys are equal.
-
-    Raises:
-        UnknownNameError: there is no good entry under one of the keys.
-    """
-    one, other = (_question(store, key) for key in (left, right))
-    found = []
-    if one.kind != other.kind:
-        found.append(Difference("kind", one.kind, other.kind))
-    if one.model != other.model:
-        found.append(Difference("model", one.model.hex, other.model.hex))
-        manifests = [_manifest(store.get_object(f"model/{root.hex}")) for root in (one.model, other.model)]
-        if manifests[0] and manifests[1]:
-            found.append(Difference(_MODULES, None, str(manifests[0].diff(manifests[1]))))
-    for name in ("settings", "environment"):
-        digests = (getattr(one, name), getattr(other, name))
-        if digests[0] != digests[1]:
-            fields = [_fields(store.get_object(f"fields/{digest.hex}")) for digest in digests]
-            if fields[0] is None or fields[1] is None:
-                found.append(Difference(name, digests[0].hex, digests[1].hex))
-            else:
-                found.extend(_walk(name, fields[0], fields[1]))
-    found.extend(_compare_tokens(unpack_tokens(one.tokens), unpack_tokens(other.tokens)))
-    found.extend(_walk("inputs", dict(one.inputs), dict(other.inputs)))
-    if not found and left != right:
-        found.append(Difference("key version", left.hex, right.hex))
-    return found
+# --- the report ----------------------------------------------------------------------------------------------------------
 
 
-def explain_misses(ledger: Ledger, run: str = "last") -> list[str]:
-    """Why a run hit nothing, in a person's words; an empty list where it hit something or missed nothing.
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What one figure is: its unit, the view that it can be checked with, and what it means."""
+
+    unit: str
+    view: str
+    meaning: str
+
+
+_R, _L = "audit_requests", "audit_loads"
+FIGURES: Mapping[str, Figure] = {
+    "requests": Figure("requests", _R, "all that were asked: hits, misses, uncacheables and duplicates"),
+    "hits": Figure("requests", _R, "answered from the store"),
+    "own_hits": Figure("requests", _R, "hits on what the same run had computed before; no saving"),
+    "imported_hits": Figure("requests", _R, "hits on what was computed by a run that this ledger does not know"),
+    "misses": Figure("requests", _R, "computed, because the store had no answer"),
+    "uncacheable": Figure("requests", _R, "computed as if evalcache were not there"),
+    "duplicates": Figure("requests", _R, "merged with an equal request of the same call"),
+    "unmeasured_hits": Figure("requests", _R, "hits whose entries have no measured cost; credited nothing"),
+    "spent_seconds": Figure("s", _R, "measured for misses and uncacheables; uncacheables that nobody timed are not in it"),
+    "credited_seconds": Figure("s", _R, "what the hits' entries cost when earlier runs of this ledger computed them"),
+    "imported_seconds": Figure("s", _R, "the same for entries that were computed by runs which this ledger does not know"),
+    "reused_seconds": Figure("s", _R, "credited and imported"),
+    "first_computed_seconds": Figure("s", _R, "what the entries behind reused_seconds cost, each counted once; does not add up"),
+    "duplicate_seconds": Figure("s", _R, "what duplicates and own hits would have cost; in no other figure"),
+    "overhead_seconds": Figure("s", _R, "that evalcache itself took; measured for a run, an equal share for each request"),
+    "verification_seconds": Figure("s", _R, "the part of overhead that checks of models took"),
+    "net_seconds": Figure("s", _R, "reused less overhead; may be negative"),
+    "loads": Figure("loads", _L, "models that were loaded"),
+    "load_seconds": Figure("s", _L, "that this took; in no other figure"),
+    "avoided_loads": Figure("loads", _L, "models of which all was hit and none was loaded, where an earlier load was measured"),
+    "avoided_load_seconds": Figure("s", _L, "the fastest earlier load of each of them; in no other figure"),
+    "hit_rate": Figure("share", _R, "hits over hits, misses and uncacheables"),
+    "hit_rate_by_seconds": Figure("share", _R, "reused over reused and spent: this is the one that counts"),
+    "money_spent": Figure("currency", _R, "spent_seconds at the price of their device"),
+    "money_reused": Figure("currency", _R, "reused_seconds at the price of the device that they were measured on"),
+    "money_overhead": Figure("currency", _R, "overhead_seconds at the price of the run's device, as if it stood still meanwhile"),
+    "money_net": Figure("currency", _R, "money_reused less money_overhead"),
+    "energy_measured_joules": Figure("J", "run_devices", "by the devices' own meters while they computed; null without meters"),
+    "energy_spent_joules": Figure("J", _R, "spent_seconds times rated watts: an upper bound"),
+    "energy_reused_joules": Figure("J", _R, "reused_seconds times rated watts: an upper bound"),
+    "carbon_spent_grams": Figure("g", _R, "energy_spent_joules times the grid factor that was named"),
+    "carbon_reused_grams": Figure("g", _R, "energy_reused_joules times the grid factor that was named"),
+}
+MEASURED_BOUNDARY = "the device's board, by its own meter (NVML), while it computed; no host, no cooling (PUE)"
+
+_COUNTS = ("requests", "hits", "own_hits", "imported_hits", "misses", "uncacheable", "duplicates", "unmeasured_hits")
+_SECONDS = (
+    "spent_seconds",
+    "credited_seconds",
+    "imported_seconds",
+    "duplicate_seconds",
+    "overhead_seconds",
+    "verification_seconds",
+)
+_LOADS = ("loads", "load_seconds", "avoided_loads", "avoided_load_seconds")
+
+_SUMS = """
+count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits, count(*) FILTER (reason = 'own') AS own_hits,
+count(*) FILTER (line = 'imported') AS imported_hits, count(*) FILTER (outcome = 'miss') AS misses,
+count(*) FILTER (outcome = 'uncacheable') AS uncacheable, count(*) FILTER (outcome = 'duplicate') AS duplicates,
+count(*) FILTER (line IN ('credited', 'imported') AND seconds IS NULL) AS unmeasured_hits,
+coalesce(sum(seconds) FILTER (line = 'spent'), 0) AS spent_seconds,
+coalesce(sum(seconds) FILTER (line = 'credited'), 0) AS credited_seconds,
+coalesce(sum(seconds) FILTER (line = 'imported'), 0) AS imported_seconds,
+coalesce(sum(seconds) FILTER (line = 'duplicate'), 0) AS duplicate_seconds,
+sum(overhead_seconds) AS overhead_seconds, sum(verification_seconds) AS verification_seconds
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _By:
+    """How one grouping is asked.
 
     Args:
-        ledger: brought up to date before. run: id, the start of one, or ``last``.
+        request: SQL over ``audit_requests`` r. run: over a run's row (run, client, started_at), for loads and energy, which
+            belong to no single request; empty where they cannot be told apart by it, so that their figures are null.
+        about: a query (group, name) for what a person calls a group.
+    """
+
+    request: str
+    run: str = ""
+    load: str = ""
+    energy: str = ""
+    about: str = ""
+    tags: bool = False
+
+
+_NAMES = "SELECT model, string_agg(DISTINCT name, ', ' ORDER BY name) FROM model_names GROUP BY model"
+BY: Mapping[str, _By] = {
+    "run": _By("r.run", load="r.run", energy="r.run", about="SELECT run, command FROM run_spans SEMI JOIN chosen USING (run)"),
+    "task": _By("CASE WHEN r.task <> '' THEN concat_ws(':', nullif(r.client, ''), r.task) END"),
+    "tag": _By("t.tag", load="t.tag", energy="t.tag", tags=True),
+    "model": _By("r.model", load="r.model", about=_NAMES),
+    "role": _By("nullif(r.role, '')"),
+    "client": _By("nullif(r.client, '')"),
+    "device": _By("coalesce(r.device, r.run_device)", energy="r.device"),
+    "day": _By("strftime(r.asked_at, '%Y-%m-%d')", load="strftime(s.started_at, '%Y-%m-%d')",
+               energy="strftime(s.started_at, '%Y-%m-%d')"),
+}  # fmt: skip
+"""What figures may be grouped by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a report. ``group``: None stands for requests that have none (no tag, no model, …). ``name``: for a person."""
+
+    group: str | None
+    name: str | None
+    figures: Mapping[str, Any]
+
+    def without_money(self) -> Row:
+        """The same with null in the place of all money."""
+        figures = {name: None if name.startswith("money") else value for name, value in self.figures.items()}
+        return dataclasses.replace(self, figures=figures)
+
+    def to_json(self) -> dict[str, Any]:
+        """Group, name and figures beside each other."""
+        return {"group": self.group, "name": self.name, **self.figures}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An audit of some runs.
+
+    Args:
+        by: what the rows are grouped by. run, since: which runs were asked for. runs: how many there are.
+        rows: what belongs to each group; total: of all. Rows add up to it, but for a run with several tags, which is in several.
+        uncacheable: reasons with requests and seconds. misses: causes likewise, with what had changed.
+        expensive: the requests that took the most seconds, of those that were computed.
+        currency: of the figures of money; None where nothing has a price, or prices are in several currencies, which have no sum.
+        missing_prices: devices whose seconds have no price. prices: those that were used. grid: grams of CO₂e per kWh.
+    """
+
+    by: str
+    run: str | None
+    since: str | None
+    runs: int
+    rows: Sequence[Row]
+    total: Row
+    uncacheable: Sequence[Mapping[str, Any]]
+    misses: Sequence[Mapping[str, Any]]
+    expensive: Sequence[Mapping[str, Any]]
+    currency: str | None
+    missing_prices: Sequence[str]
+    missing_watts: Sequence[str]
+    prices: Sequence[Price]
+    grid: float | None
+
+    @property
+    def boundaries(self) -> dict[str, str]:
+        """What each figure of energy is about."""
+        told = "; ".join(
+            dict.fromkeys(price.boundary or "as the price's watts were given" for price in self.prices if price.watts)
+        )
+        reckoned = f"{told or 'no watts are known'}; no host, no cooling (PUE)"
+        names = ("energy_spent_joules", "energy_reused_joules", "carbon_spent_grams", "carbon_reused_grams")
+        return {"energy_measured_joules": MEASURED_BOUNDARY} | dict.fromkeys(names, reckoned)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the unit, view, meaning and boundary of each figure."""
+        boundaries = self.boundaries
+        figures = {
+            name: {"unit": figure.unit, "view": self.view(name), "meaning": figure.meaning}
+            | ({"boundary": boundaries[name]} if name in boundaries else {})
+            for name, figure in FIGURES.items()
+        }
+        return {
+            "by": self.by,
+            "run": self.run,
+            "since": self.since,
+            "runs": self.runs,
+            "total": dict(self.total.figures),
+            "rows": [row.to_json() for row in self.rows],
+            "uncacheable": list(self.uncacheable),
+            "misses": list(self.misses),
+            "expensive": list(self.expensive),
+            "currency": self.currency,
+            "missing_prices": list(self.missing_prices),
+            "missing_watts": list(self.missing_watts),
+            "prices": [price.to_json() for price in self.prices],
+            "grid_grams_per_kwh": self.grid,
+            "figures": figures,
+            "views": {"uncacheable": "uncacheable_by_reason", "misses": "miss_reasons", "expensive": "lookups_once"},
+        }
+
+    def view(self, name: str) -> str:
+        """The view that a figure of this report can be checked with."""
+        ready = {"run": "audit_by_run", "task": "audit_by_task"}.get(self.by)
+        figure = FIGURES[name]
+        computed = name.startswith(("money", "energy", "carbon", "first"))
+        return ready if ready and figure.view == _R and not computed else figure.view
+
+
+def audit(
+    ledger: Ledger,
+    run: str | None = None,
+    *,
+    since: str | None = None,
+    by: str | None = None,
+    prices: Prices | None = None,
+    grid: float | None = None,
+) -> Report:
+    """The figures of one run, of all runs since a date, or of all.
+
+    Args:
+        ledger: brought up to date before. run: id, the start of one, ``last``, or None for all.
+        since: ISO date or time (UTC); runs that began before are left out.
+        by: one of `BY`; None means by task for one run, by run for several.
+        prices: None means the project's table. grid: grams of CO₂e per kWh; None leaves carbon out.
+
+    Cost: two seconds for a million requests.
 
     Raises:
-        As `summarise`.
+        UnknownNameError: there is no such run. AuditError: ``since`` is no date, ``by`` is unknown, or ``grid`` no factor.
     """
+    by = by or ("run" if run is None else "task")
+    if by not in BY:
+        raise AuditError(f"unknown grouping {by!r}", hint=f"one of {', '.join(BY)}", found=by)
+    if grid is not None and not 0 <= grid < 1e6:
+        raise AuditError(f"not a grid factor: {grid}", hint="grams of CO₂e per kWh, 0 or more", found=grid)
+    begin = _parse_since(since)
+    prices = prices or read_prices()
     with ledger.reading() as ask:
-        run = _find_run(ask, run)
-        outcomes = dict(
-            ask(
-                "SELECT CASE outcome WHEN 'miss' THEN reason ELSE outcome END, count(*) FROM lookups "
-                "WHERE run = ? AND outcome IN ('hit', 'miss') GROUP BY ALL",
-                [run],
-            ).rows
+        run = None if run is None else find_run(ask, run)
+        where, params = ("WHERE run = ?", [run]) if run else ("WHERE started_at >= ?", [begin]) if begin else ("", [])
+        ask(f"CREATE TEMP TABLE chosen AS SELECT run, started_at, client FROM run_spans {where}", params)
+        runs = ask("SELECT count(*) FROM chosen").rows[0][0]
+        counted = _Counted(prices, grid)
+        rows, total = _figures(ask, BY[by], counted)
+        if counted.currency is None:  # amounts in several currencies have no sum
+            rows, total = [row.without_money() for row in rows], total.without_money()
+        return Report(
+            by=by,
+            run=run,
+            since=begin,
+            runs=runs,
+            rows=rows,
+            total=total,
+            uncacheable=_uncacheable(ask),
+            misses=explain_causes(ask),
+            expensive=_expensive(ask),
+            currency=counted.currency,
+            missing_prices=sorted(counted.missing_prices),
+            missing_watts=sorted(counted.missing_watts),
+            prices=list(counted.used),
+            grid=grid,
         )
-        if not outcomes or "hit" in outcomes:
-            return []
-        said = []
-        if "refresh" in outcomes:
-            said.append("the policy was refresh, which computes everything again")
-        if "corrupt" in outcomes:
-            damaged = outcomes["corrupt"]
-            said.append(f"{damaged:,} stored {'entry was' if damaged == 1 else 'entries were'} damaged")
-        if "absent" not in outcomes:
-            return said
-        # What was stored before this run began; a second run at the same time is no reason.
-        ask(
-            "CREATE TEMP TABLE earlier AS SELECT DISTINCT r.* FROM ledger.requests r JOIN ledger.outputs o USING (key) "
-            "WHERE o.run <> $1 AND o.created_at < "
-            "coalesce((SELECT min(started_at) FROM ledger.runs WHERE run = $1), TIMESTAMP 'infinity')",
-            [run],
+
+
+def _figures(ask: Ask, by: _By, counted: _Counted) -> tuple[list[Row], Row]:
+    tags = "LEFT JOIN (SELECT DISTINCT run, tag FROM run_tags) t USING (run)" if by.tags else ""
+    devices = "device, device_count, run_device, run_device_count"
+
+    def sums(group: str, joined: str) -> dict[str | None, list[dict[str, Any]]]:
+        table = ask(
+            f"SELECT {group} AS grp, {devices}, {_SUMS} FROM audit_requests r SEMI JOIN chosen USING (run) {joined} "
+            f"GROUP BY ALL ORDER BY ALL"
         )
-        if not ask("SELECT count(*) FROM earlier").rows[0][0]:
-            return [*said, "nothing was stored before"]
-        models = ask(
-            "SELECT model, min(seq) FROM ledger.lookups WHERE run = ? AND outcome = 'miss' AND model IS NOT NULL "
-            "GROUP BY model ORDER BY 2",
-            [run],
+        found: dict[str | None, list[dict[str, Any]]] = {}
+        for row in table.rows:
+            found.setdefault(_group(row[0]), []).append(dict(zip(table.columns[1:], row[1:], strict=True)))
+        return found
+
+    def parts(sql: str) -> dict[str | None, tuple[Any, ...]]:
+        return {_group(row[0]): row[1:] for row in ask(sql).rows}
+
+    def first(group: str, joined: str) -> dict[str | None, tuple[Any, ...]]:
+        return parts(
+            f"SELECT grp, sum(seconds) FROM (SELECT {group} AS grp, key, max(seconds) AS seconds FROM lookups_once r "
+            f"SEMI JOIN chosen USING (run) {joined} WHERE outcome = 'hit' AND reason IS DISTINCT FROM 'own' GROUP BY ALL) "
+            "GROUP BY grp"
         )
-        for model, _ in models.rows:
-            asked_before = ask("SELECT count(*) FROM earlier WHERE model = ?", [model]).rows[0][0]
-            said.extend(_compare_requests(ask, run, model) if asked_before else [_compare_models(ask, run, model)])
-        return list(dict.fromkeys(said))
 
+    def loads(group: str) -> dict[str | None, tuple[Any, ...]]:
+        return parts(
+            f"SELECT {group} AS grp, sum(loads)::BIGINT, sum(load_seconds), sum(avoided_loads)::BIGINT, "
+            f"sum(avoided_load_seconds) FROM audit_loads r JOIN chosen s USING (run) {tags if 't.' in group else ''} GROUP BY grp"
+        )
 
-# --- why nothing was hit -------------------------------------------------------------------------------------------------
+    def energy(group: str) -> dict[str | None, tuple[Any, ...]]:
+        return parts(
+            f"SELECT {group} AS grp, sum(energy_joules) FROM run_devices r JOIN chosen s USING (run) "
+            f"{tags if 't.' in group else ''} GROUP BY grp"
+        )
 
-
-def _compare_models(ask: Ask, run: str, model: str) -> str:
-    """A model that was never asked before: what is different in it from the nearest one that was."""
-    this = ask("SELECT manifest, class FROM ledger.models WHERE digest = ? LIMIT 1", [model]).rows
-    manifest = _manifest(this[0][0]) if this else None
-    if manifest is None:
-        return f"a model that was never asked before ({model[:12]}…)"
-    others = ask(
-        "SELECT manifest, digest FROM ledger.models WHERE class = ? AND digest <> ? AND digest IN (SELECT model FROM earlier) "
-        "ORDER BY first_seen DESC LIMIT ?",
-        [this[0][1], model, _MOST_MODELS],
+    found = sums(by.request, tags)
+    if by.request == "r.run":  # those that asked nothing, too
+        for (name,) in ask("SELECT run FROM chosen ORDER BY started_at, run").rows:
+            found.setdefault(name, [])
+    once = first(by.request.replace("coalesce(r.device, r.run_device)", "r.device"), tags)
+    loaded = loads(by.load) if by.load else None
+    joules = energy(by.energy) if by.energy else None
+    for others in (loaded, joules):  # a group that has asked nothing but loaded something
+        for name in others or ():
+            found.setdefault(name, [])
+    names = {_group(row[0]): row[1] for row in ask(by.about).rows} if by.about else {}
+    rows = [
+        Row(
+            group,
+            names.get(group),
+            counted.figures(
+                subrows,
+                (once.get(group) or (0.0,))[0] or 0.0,
+                None if loaded is None else loaded.get(group, (0, 0.0, 0, 0.0)),
+                None if joules is None else (joules.get(group) or (None,))[0],
+            ),
+        )
+        for group, subrows in found.items()
+    ]
+    every = [subrow for subrows in found.values() for subrow in subrows] if not by.tags else sums("''", "").get("", [])
+    total = counted.figures(
+        every,
+        (first("''", "").get("") or (0.0,))[0] or 0.0,
+        loads("''").get("", (0, 0.0, 0, 0.0)),
+        (energy("''").get("") or (None,))[0],
     )
-    nearest: tuple[ManifestDiff, str] | None = None
-    for data, digest in others.rows:
-        other = _manifest(data)
-        if other is None:
-            continue
-        diff = other.diff(manifest)
-        if nearest is None or _size(diff) < _size(nearest[0]):
-            nearest = diff, digest
-    if nearest is None:
-        return f"a new model: no {this[0][1]} was asked anything before"
-    diff, digest = nearest
-    names = "SELECT name, run FROM ledger.model_names WHERE model = ? AND run <> ? ORDER BY seq DESC LIMIT 1"
-    seen = ask(names, [digest, run]).rows
-    elder = f"{seen[0][0] or digest[:12]} as met in run {seen[0][1][:8]}" if seen else f"model {digest[:12]}…"
-    if diff.tensors:
-        return f"new weights: {diff} differ from {elder}"
-    return f"the weights are those of {elder}, but these differ: {diff}"
+    return rows, Row(None, "total", total)
 
 
-def _compare_requests(ask: Ask, run: str, model: str) -> list[str]:
-    """A model that was asked before: whether environment, settings or prompts are what is new."""
-    ask(
-        "CREATE OR REPLACE TEMP TABLE mine AS SELECT DISTINCT r.* FROM ledger.requests r JOIN ledger.lookups l USING (key) "
-        "WHERE l.run = ? AND l.outcome = 'miss' AND r.model = ?",
-        [run, model],
+def _group(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+class _Counted:
+    """Sums with prices; remembers which prices were used, and which were missing."""
+
+    def __init__(self, prices: Prices, grid: float | None) -> None:
+        self.used: dict[Price, None] = {}
+        self.missing_prices: set[str] = set()
+        self.missing_watts: set[str] = set()
+        self._prices = prices
+        self._grid = grid
+        self._known: dict[str | None, Price | None] = {}
+
+    @property
+    def currency(self) -> str | None:
+        """The one that all prices are in."""
+        found = {price.currency for price in self.used}
+        return found.pop() if len(found) == 1 else None
+
+    def figures(
+        self, rows: Iterable[Mapping[str, Any]], first_computed: float, loads: Sequence[Any] | None, joules: float | None
+    ) -> dict[str, Any]:
+        """The figures of one group, from its sums by device."""
+        rows = list(rows)
+        found: dict[str, Any] = {name: sum(row[name] for row in rows) for name in _COUNTS}
+        found |= {name: sum((row[name] for row in rows), 0.0) for name in _SECONDS}
+        found["reused_seconds"] = found["credited_seconds"] + found["imported_seconds"]
+        found["first_computed_seconds"] = first_computed
+        found["net_seconds"] = found["reused_seconds"] - found["overhead_seconds"]
+        found |= dict(zip(_LOADS, loads or [None] * len(_LOADS), strict=True))
+        asked = found["hits"] + found["misses"] + found["uncacheable"]
+        costs = found["reused_seconds"] + found["spent_seconds"]
+        found["hit_rate"] = found["hits"] / asked if asked else None
+        found["hit_rate_by_seconds"] = found["reused_seconds"] / costs if costs else None
+        spent = [(row["device"], row["device_count"], row["spent_seconds"]) for row in rows]
+        reused = [(row["device"], row["device_count"], row["credited_seconds"] + row["imported_seconds"]) for row in rows]
+        own = [(row["run_device"], row["run_device_count"], row["overhead_seconds"]) for row in rows]
+        for name, parts in (("spent", spent), ("reused", reused), ("overhead", own)):
+            found[f"money_{name}"] = self._money(parts)
+        found["money_net"] = _less(found["money_reused"], found["money_overhead"])
+        found["energy_measured_joules"] = joules
+        for name, parts in (("spent", spent), ("reused", reused)):
+            energy = self._joules(parts)
+            found[f"energy_{name}_joules"] = energy
+            found[f"carbon_{name}_grams"] = None if energy is None or self._grid is None else energy / 3.6e6 * self._grid
+        return {name: found[name] for name in FIGURES}
+
+    def _money(self, parts: Iterable[tuple[str | None, int, float]]) -> float | None:
+        total: float | None = 0.0
+        for device, count, seconds in parts:
+            price = self._price(device) if seconds else None
+            if seconds and price is None:
+                self.missing_prices.add(device or "(unknown device)")
+                total = None
+            elif price is not None:
+                self.used[price] = None
+                total = None if total is None else total + seconds / 3600 * price.per_hour * count
+        return total
+
+    def _joules(self, parts: Iterable[tuple[str | None, int, float]]) -> float | None:
+        total: float | None = 0.0
+        for device, count, seconds in parts:
+            price = self._price(device) if seconds else None
+            if seconds and (price is None or price.watts is None):
+                self.missing_watts.add(device or "(unknown device)")
+                total = None
+            elif price is not None and price.watts is not None:
+                self.used[price] = None
+                total = None if total is None else total + seconds * price.watts * count
+        return total
+
+    def _price(self, device: str | None) -> Price | None:
+        if device not in self._known:
+            self._known[device] = self._prices.of(device)
+        return self._known[device]
+
+
+def _less(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left - right
+
+
+def _uncacheable(ask: Ask) -> list[dict[str, Any]]:
+    table = ask(
+        "SELECT reason, sum(requests)::BIGINT AS requests, sum(seconds) AS seconds, min(example) AS example "
+        "FROM uncacheable_by_reason SEMI JOIN chosen USING (run) GROUP BY reason ORDER BY requests DESC, reason"
     )
-    total = ask("SELECT count(*) FROM mine").rows[0][0]
-    if not total:  # nothing was stored in this run: read_only, or refused
-        return ["these requests were never asked of this model with these settings"]
-    said = []
-    past = "(SELECT * FROM earlier WHERE model = ?)"
-    same_prompt = "e.kind = m.kind AND e.prompt_token_ids = m.prompt_token_ids AND e.inputs::VARCHAR = m.inputs::VARCHAR"
-    again = ask(f"SELECT count(DISTINCT m.key) FROM mine m JOIN {past} e ON e.request = m.request", [model]).rows[0][0]
-    if again:
-        changes = _commonest(ask, "environment", "e.request = m.request", model)
-        said.append(f"another environment: {changes}{_share(again, total)}")
-    # The request is the same apart from its settings.
-    other = f"{same_prompt} AND m.request NOT IN (SELECT request FROM {past})"
-    reset = ask(f"SELECT count(DISTINCT m.key) FROM mine m JOIN {past} e ON {other}", [model, model]).rows[0][0]
-    if reset:
-        changes = _commonest(ask, "settings", other, model, model)
-        said.append(f"other settings: {changes}{_share(reset, total)}")
-        environment = _commonest(ask, "environment", other, model, model)
-        if environment and not again:
-            said.append(f"another environment: {environment}")
-    if again + reset < total:
-        said.append(f"new prompts{_share(total - again - reset, total)}")
-    return said
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
-def _commonest(ask: Ask, name: str, on: str, *params: str) -> str:
-    """The fields in which settings or environments of most pairs differ (``torch 2.12 → 2.13``); empty if they are equal."""
-    pairs = ask(
-        f"SELECT e.{name}_digest, m.{name}_digest, count(*) FROM mine m JOIN (SELECT * FROM earlier WHERE model = ?) e ON {on} "
-        "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 1",
-        params,
-    ).rows
-    if not pairs or pairs[0][0] == pairs[0][1]:
-        return ""
-    fields = []
-    for digest in pairs[0][:2]:
-        stored = ask("SELECT canonical FROM ledger.fields WHERE digest = ? LIMIT 1", [digest]).rows
-        fields.append(_fields(stored[0][0]) if stored else None)
-    if fields[0] is None or fields[1] is None:
-        return "(not known)"
-    found = list(_walk("", fields[0], fields[1]))
-    more = f" and {len(found) - _MOST_FIELDS} more" if len(found) > _MOST_FIELDS else ""
-    return ", ".join(f"{name} {_said(left)} → {_said(right)}" for name, left, right in found[:_MOST_FIELDS]) + more
+def _expensive(ask: Ask) -> list[dict[str, Any]]:
+    table = ask(
+        "SELECT run, client, task, document, role, model, outcome, reason, detail, seconds, device, key FROM lookups_once "
+        "SEMI JOIN chosen USING (run) WHERE outcome IN ('miss', 'uncacheable') AND seconds IS NOT NULL "
+        "ORDER BY seconds DESC, run, store, seq, n LIMIT ?",
+        [MOST_EXPENSIVE],
+    )
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
-def _share(part: int, total: int) -> str:
-    return "" if part == total else f" ({part:,} of {total:,} requests)"
-
-
-def _size(diff: ManifestDiff) -> int:
-    return len(diff.tensors) + len(diff.parts)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------------
-
-
-def _find_run(ask: Ask, run: str) -> str:
-    if run == "last":
-        found = ask("SELECT run FROM hits_by_run ORDER BY started_at DESC NULLS LAST, run LIMIT 1").rows
-    else:
-        found = ask("SELECT run FROM hits_by_run WHERE run = ?", [run]).rows
-        found = found or ask("SELECT run FROM hits_by_run WHERE starts_with(run, ?)", [run.replace("-", "").lower()]).rows
-    if len(found) == 1 and run:
-        return found[0][0]
-    if len(found) > 1:
-        raise UnknownNameError(f"{len(found)} runs start with {run!r}", hint="give more digits", found=run)
-    raise UnknownNameError(f"no run {run!r} in the ledger", hint="`evalcache runs` lists them", found=run)
-
-
-def _question(store: Store, key: Digest) -> Any:
-    question = store.get_question(key)
-    if question is None:
-        raise UnknownNameError(f"no good entry under {key}", hint="`evalcache verify` says what is damaged", found=str(key))
-    return question
-
-
-def _manifest(data: bytes | None) -> Manifest | None:
-    try:
-        return None if data is None else Manifest.from_bytes(data)
-    except CanonicalError:
+def _parse_since(since: str | None) -> str | None:
+    if since is None:
         return None
-
-
-def _fields(data: bytes | None) -> dict[str, Any] | None:
     try:
-        fields = None if data is None else decode(data)
-    except CanonicalError:
-        return None
-    return fields if isinstance(fields, dict) else None
+        found = datetime.datetime.fromisoformat(since)
+    except ValueError as error:
+        raise AuditError(f"not a date: {since!r}", hint="for example 2026-11-01 or 2026-11-01T08:00", found=since) from error
+    return (found.astimezone(datetime.UTC).replace(tzinfo=None) if found.tzinfo else found).isoformat(" ")
 
 
-def _walk(path: str, left: Any, right: Any) -> Iterator[Difference]:
-    """Differing fields, nested maps field by field."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        for name in sorted(left.keys() | right.keys()):
-            yield from _walk(f"{path}.{name}" if path else name, left.get(name), right.get(name))
-    elif type(left) is not type(right) or left != right:
-        yield Difference(path, left, right)
-
-
-def _compare_tokens(left: np.ndarray, right: np.ndarray) -> Iterator[Difference]:
-    shorter = min(len(left), len(right))
-    places = np.flatnonzero(left[:shorter] != right[:shorter])
-    if len(places):
-        place = int(places[0])
-        yield Difference(f"tokens[{place}]", int(left[place]), int(right[place]))
-    if len(left) != len(right):
-        yield Difference("tokens.length", len(left), len(right))
-
-
-def _said(value: Any) -> str:
-    if value is None:
-        return "–"
-    text = value.hex() if isinstance(value, bytes) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def _said_time(value: datetime.datetime | None) -> str | None:
+    return None if value is None else f"{value.isoformat()}Z"
 
 
 def _listed(value: Any) -> Any:

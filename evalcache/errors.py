@@ -84,6 +84,10 @@ class UnknownNameError(EvalCacheError):
     """A run, key or checkpoint was named that does not exist here. Fields: ``found`` (the name given)."""
 
 
+class AuditError(EvalCacheError):
+    """An audit was asked for something that it cannot tell. Fields: ``found`` (what was given)."""
+
+
 class PriceError(EvalCacheError):
     """A price or a table of prices cannot be read. Fields: ``path`` or ``found``."""
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from evalcache.checkpoint import fingerprint_checkpoint
 from evalcache.digest import ALGORITHM, SIZE_BYTES, Digest
 from evalcache.errors import UnknownNameError
-from evalcache.ledger import Ledger
+from evalcache.ledger import Ask, Ledger
 from evalcache.manifest import Manifest
 from evalcache.progress import progress_bar
 from evalcache.store import Store
@@ -63,6 +63,27 @@ def find_manifest(text: str, open_ledger: Callable[[], Ledger]) -> Manifest:
     sql = "SELECT any_value(manifest) FROM models WHERE starts_with(replace(digest::VARCHAR, '-', ''), ?) GROUP BY digest"
     manifests = [bytes(row[0]) for row in open_ledger().query(sql, [digits]).rows if row[0] is not None]
     return Manifest.from_bytes(_only(text, manifests, "model", hint))
+
+
+def find_run(ask: Ask, run: str) -> str:
+    """The id of a run.
+
+    Args:
+        ask: of an open ledger. run: id, the start of one, or ``last``.
+
+    Raises:
+        UnknownNameError: there is no such run, or more than one. Fields: ``found``.
+    """
+    if run == "last":
+        found = ask("SELECT run FROM run_spans ORDER BY started_at DESC NULLS LAST, run LIMIT 1").rows
+    else:
+        found = ask("SELECT run FROM run_spans WHERE run = ?", [run]).rows
+        found = found or ask("SELECT run FROM run_spans WHERE starts_with(run, ?)", [run.replace("-", "").lower()]).rows
+    if len(found) == 1 and run:
+        return found[0][0]
+    if len(found) > 1:
+        raise UnknownNameError(f"{len(found)} runs start with {run!r}", hint="give more digits", found=run)
+    raise UnknownNameError(f"no run {run!r} in the ledger", hint="`evalcache runs` lists them", found=run)
 
 
 def _digits(text: str) -> str | None:

@@ -378,7 +378,7 @@ def _check(given: dict[str, Any]) -> None:
 
 def _explain(cache: Cache) -> list[str]:
     try:
-        from evalcache.audit import explain_misses
+        from evalcache.misses import explain_misses
         from evalcache.ledger import Ledger
 
         return explain_misses(Ledger(cache.ledger_path), cache.run_id)

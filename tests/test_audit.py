@@ -28,11 +28,12 @@ from recorded import (
     write,
 )
 
-from evalcache.audit import Difference, RunSummary, explain_keys, explain_misses, summarise
+from evalcache.audit import RunSummary, summarise
 from evalcache.digest import digest_bytes
 from evalcache.errors import UnknownNameError
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
+from evalcache.misses import Difference, explain_keys, explain_misses
 from evalcache.store import Store
 
 

@@ -67,7 +67,8 @@ LEVELS = {
     "outbox": 4.2,  # what a run has to tell, until it is committed
     "ledger": 4,
     "cache": 5,
-    "audit": 5,
+    "misses": 5.1,  # why a run missed
+    "audit": 5.2,
     "summary": 5,
     "names": 5,  # what a person types → the model or key that is meant
     "verification": 5,
