@@ -1,7 +1,8 @@
 """The command line: parse → call → print. No logic lives here; every verb is a few calls into the levels below.
 
 Exit codes: 0 good, 1 a finding (models that differ, a damaged entry), 2 wrong usage or a fault that is explained in one message,
-3 the ledger is locked by another process. `run` ends with its command's own code. Nothing here imports torch.
+3 the ledger is locked by another process, 4 the budget of a run is spent. `run` ends with its command's own code. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -72,12 +73,23 @@ def _asks_a_cache(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def _asks_for_prices(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The two options of every verb that says what something costs."""
+    verb = click.option(
+        "--prices", "price_files", metavar="FILE", type=click.Path(exists=True, dir_okay=False), multiple=True,
+        help="Prices of your own, a file of the form of evalcache/prices.toml; repeatable.",
+    )(verb)  # fmt: skip
+    return click.option(
+        "--price", "prices", metavar="DEVICE=AMOUNT", multiple=True, help="Price of an hour: '*H200*=3.20 EUR'; repeatable."
+    )(verb)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="llm-evalcache", prog_name="evalcache")
 def commands() -> None:
     """The build cache for LLM evals: asks a model only what it has not answered yet.
 
-    Exit codes: 0 good, 1 a finding, 2 usage, 3 the ledger is locked.
+    Exit codes: 0 good, 1 a finding, 2 usage, 3 the ledger is locked, 4 the budget of a run is spent.
     """
 
 
@@ -87,6 +99,8 @@ def commands() -> None:
 @click.option("--match", type=click.Choice(_MATCHES), help="strict: key the device and the batch (default: EVALCACHE_MATCH).")
 @click.option("--tag", "tags", metavar="NAME", multiple=True, callback=_tags, help="A word of yours for this run; repeatable.")
 @click.option("--ab", is_flag=True, help="Run it bare as well, and compare what is claimed with what the clock says.")
+@click.option("--budget", metavar="2h|20EUR", help="Plan first, and stop between two batches once so much is spent.")
+@_asks_for_prices
 @click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="With --ab: write the figures there.")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
@@ -95,6 +109,9 @@ def run(
     match: str | None,
     tags: Sequence[str],
     ab: bool,
+    budget: str | None,
+    prices: Sequence[str],
+    price_files: Sequence[str],
     json_path: str | None,
     command: Sequence[str],
 ) -> int:
@@ -105,7 +122,12 @@ def run(
     With --ab the command runs two or three times, without input: cached (again, where the first had to fill the store), then
     bare. Compared are whole processes: the seconds of hits, merged requests and avoided loads less our overhead, with what the
     bare run took longer by the clock. Exit code 1 where the claim is more than 15 % off; the command's own where it fails.
+
+    With --budget the run is planned first, where it can be, and ends with exit code 4 between two batches once its computing,
+    loading and our overhead have taken so many seconds, or so much money. What was computed is stored: run it again to go on.
     """
+    if ab and budget is not None:
+        raise click.UsageError("--budget is not for --ab, which has to run everything")
     if ab:
         from evalcache.ab import run_compared
 
@@ -113,9 +135,47 @@ def run(
         return found if isinstance(found, int) else found.tell(json_path)
     if json_path is not None:
         raise click.UsageError("--json FILE is for --ab")
+    if budget is not None:
+        from evalcache.plan import run_with_budget
+
+        run_with_budget(command, budget, prices, price_files, directory=directory, policy=policy, match=match)
     from evalcache.launch import run_command
 
     run_command(command, directory=directory, policy=policy, match=match, tags=tags)
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--policy", type=click.Choice(_POLICIES), help="What the run may do with the store (default: EVALCACHE, or use).")
+@click.option("--match", type=click.Choice(_MATCHES), help="strict: key the device and the batch (default: EVALCACHE_MATCH).")
+@_asks_for_prices
+@_asks_a_cache
+@click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+def plan(
+    policy: str | None,
+    match: str | None,
+    prices: Sequence[str],
+    price_files: Sequence[str],
+    directory: str | None,
+    as_json: bool,
+    command: Sequence[str],
+) -> None:
+    """Say what a command would hit and what it would run: evalcache plan -- lm_eval run --model hf …
+
+    The command is run as far as its requests; no model is loaded, nothing is stored, and its output goes to stderr. What would
+    run is estimated from what like requests took on that device, with the range from the 10th to the 90th percentile.
+
+    For lm_eval with hf models. Of other commands the requests are not known before they run: exit code 2, with the reason.
+    """
+    from evalcache.plan import make_plan, tell
+    from evalcache.prices import read_prices
+    from evalcache.printing import print_json
+
+    known = read_prices(prices, price_files)
+    found = make_plan(command, directory=directory, policy=policy, match=match)
+    if as_json:
+        print_json(found.to_json(known))
+    else:
+        tell(found, known)
 
 
 @commands.command()

@@ -104,9 +104,14 @@ class Session:
             from evalcache.planning import PlanCache
 
             return PlanCache(self.directory, policy=self.policy, match=self.match, folder=self._plan)
+        run = os.environ.get("EVALCACHE_RUN") or None
+        if told := os.environ.get("EVALCACHE_BUDGET"):
+            from evalcache.budget import open_with_budget
+
+            return open_with_budget(told, self.directory, policy=self.policy, match=self.match, run=run)
         from evalcache.cache import Cache
 
-        return Cache(self.directory, policy=self.policy, match=self.match, run=os.environ.get("EVALCACHE_RUN") or None)
+        return Cache(self.directory, policy=self.policy, match=self.match, run=run)
 
     def reopen(self) -> None:
         """Begin again with the settings that were chosen since, where a cache was opened but no model has been met."""
@@ -352,6 +357,8 @@ def _end(session: Session, status: str, exit_code: int | None) -> None:
 
 def _at_exit(session: Session) -> None:
     status, code = how_it_ended()
+    if (ended_with := getattr(getattr(session._cache, "meter", None), "ended_with", None)) is not None:
+        status, code = "interrupted", ended_with
     session.close(status, code)
     if status == "interrupted":
         stay_interrupted()

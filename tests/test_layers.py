@@ -74,6 +74,8 @@ LEVELS = {
     "verification": 5,
     "entryview": 5,
     "planning": 5.5,  # a cache that only looks up
+    "budget": 5.5,  # a cache whose run ends when its budget is spent
+    "plan": 7.5,  # what a command would ask
     "asked": 5.5,  # requests of an eval loop of one's own
     "compute": 6.5,  # the function that answers them
     "integrations": 6,

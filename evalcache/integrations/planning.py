@@ -137,7 +137,8 @@ def _last_time(cache: PlanCache, cls: type, path: Any, args: tuple[Any, ...], kw
     last = None if known is None else known.index.recall(known.last)
     if last is None:
         return {}
-    now, (then, *_) = dict(runtime()[0]), last["runtime"]
+    (now, _, python_now), (then, _, python_then) = runtime(), last["runtime"]
+    now, then = ({**one, "python": ".".join(map(str, python))} for one, python in ((now, python_now), (then, python_then)))
     changed = {name: [then.get(name), now.get(name)] for name in sorted({*then, *now}) if then.get(name) != now.get(name)}
     return {"last_root": Digest(last["root"]).hex, "versions": changed}
 

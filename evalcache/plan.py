@@ -1,0 +1,530 @@
+"""`evalcache plan -- CMD`: what would hit, what would run, and what that would take, before any model is loaded.
+
+The command is run as far as its requests (`planning.py`), and what it would ask is looked up. What would run is estimated from
+measured costs of like requests on that device: of the same task, if there are any, and of the same model, else of models of its
+class and size. Estimated seconds are those of computing and of loading the model; what is not known is left out and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evalcache.budget import Budget, budget_environment
+from evalcache.canonical import decode
+from evalcache.digest import digest_bytes
+from evalcache.errors import CanonicalError, CommandError, LedgerError, PlanError
+from evalcache.launch import find_unreachable, is_off, launch_environment
+from evalcache.ledger import Ask, Ledger
+from evalcache.manifest import Manifest
+from evalcache.prices import Prices, read_prices
+from evalcache.printing import print_table, visible
+from evalcache.store import Store
+from evalcache.summary import format_reasons, format_seconds
+
+_SIZES = (0.8, 1.25)  # models within these shares of parameters are of one size
+_KINDS = {
+    "generate_until": (("generate_until", "generate"),),
+    "generate_until_call": (("generate_until_call",), ("generate_until", "generate")),
+}
+_UPGRADES = ("torch", "transformers", "engine_version")
+_MOST_FIELDS = 4
+_MOST_MODELS = 50
+
+# Each computed entry with what it took on one device, and the tasks that have asked for it.
+_MEASURED = """
+CREATE TEMP TABLE measured AS
+SELECT r.kind, r.model, coalesce(t.tasks, []) AS tasks, o.seconds, o.prompt_tokens AS read, o.completion_tokens AS made,
+    try_cast(r.settings ->> 'max_new_tokens' AS INTEGER) AS most
+FROM (SELECT DISTINCT ON (key, run, created_at) * FROM ledger.outputs WHERE device = ? AND seconds IS NOT NULL) o
+JOIN (SELECT DISTINCT ON (key) key, kind, model, settings FROM ledger.requests) r USING (key)
+LEFT JOIN (SELECT key, list(DISTINCT task) AS tasks FROM ledger.lookups WHERE task <> '' GROUP BY key) t USING (key)
+"""
+_PER_TOKEN = """
+SELECT count(*), sum(seconds) / sum(read), quantile_cont(seconds / read, 0.1), quantile_cont(seconds / read, 0.9)
+FROM measured WHERE read > 0 AND """
+# As many new tokens as it made, up to the limit of now. One that ended at a lower limit than that would have gone on.
+_PER_REQUEST = """
+SELECT count(*), avg(s), quantile_cont(s, 0.1), quantile_cont(s, 0.9) FROM (
+    SELECT seconds * CASE WHEN most < $1 AND made >= most THEN $1 ELSE least(made, $1) END / greatest(made, 1) AS s
+    FROM measured WHERE made IS NOT NULL AND """
+_LOADS = """
+SELECT count(*), avg(seconds), min(seconds), max(seconds) FROM (SELECT DISTINCT ON (store, seq) * FROM ledger.model_loads)
+WHERE run IN (SELECT run FROM ledger.model_names WHERE list_contains($1, model::VARCHAR))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """An estimate with its range: the 10th and the 90th percentile of the like requests, for all of them alike.
+
+    Args:
+        like: what it was estimated from. like_count: how many of these.
+    """
+
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    like: str = ""
+    like_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What would become of the requests of one task and kind.
+
+    Args:
+        samples: sampled requests that are served together: they count as one. reused_seconds: what the hits cost when they were
+            computed. estimate: of what would run; None where nothing like it was measured on the device.
+    """
+
+    task: str
+    kind: str
+    hits: int
+    runs: int
+    duplicates: int
+    uncacheable: dict[str, int]
+    samples: int
+    reused_seconds: float
+    estimate: Seconds | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process of the command would ask of its model.
+
+    Args:
+        loading: of the model, None where nothing would run or no load of such a model was measured.
+        why: reasons for what would run. warnings: what a person should know before it runs.
+    """
+
+    device: str
+    model: str
+    model_class: str
+    path: str
+    lines: tuple[Line, ...]
+    loading: Seconds | None
+    why: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> Seconds | None:
+        """Of everything that can be estimated, loading included; None where something would run and nothing is known of it."""
+        known = [line.estimate for line in self.lines if line.estimate]
+        if not known and any(line.runs or line.uncacheable for line in self.lines):
+            return None
+        return _added(known + ([self.loading] if self.loading else []))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a command would ask. Seconds are estimated ones."""
+
+    command: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def lines(self) -> list[Line]:
+        """Those of all parts."""
+        return [line for part in self.parts for line in part.lines]
+
+    @property
+    def unknown(self) -> int:
+        """Requests that would run and that nothing is known of: the estimate is without them."""
+        return sum(sum(line.uncacheable.values()) + (0 if line.estimate else line.runs) for line in self.lines)
+
+    @property
+    def seconds(self) -> Seconds | None:
+        """Of everything that can be estimated, loading included; None where something would run and nothing is known of it."""
+        known = [part.seconds for part in self.parts if part.seconds is not None]
+        return _added(known) if known or not self.parts else None
+
+    @property
+    def devices(self) -> list[str]:
+        """On which it would run."""
+        return sorted({part.device for part in self.parts if part.device})
+
+    def money(self, prices: Prices) -> tuple[str, float, float, float] | None:
+        """(currency, amount, low, high) on one device each; None where a price is missing, or there are several currencies."""
+        found = [(prices.of(part.device), part.seconds) for part in self.parts if part.seconds is not None]
+        currencies = {price.currency for price, _ in found if price is not None}
+        if len(currencies) != 1 or any(price is None for price, _ in found):
+            return None
+        amounts = [
+            (
+                one.seconds * price.per_hour / 3600,
+                one.low_seconds * price.per_hour / 3600,
+                one.high_seconds * price.per_hour / 3600,
+            )
+            for price, one in found
+            if price is not None
+        ]
+        return currencies.pop(), *map(sum, zip(*amounts, strict=True))  # type: ignore[return-value]
+
+    def to_json(self, prices: Prices) -> dict[str, Any]:
+        """For `json.dumps`."""
+        total, money = self.seconds, self.money(prices)
+        return {
+            "command": list(self.command),
+            "hits": sum(line.hits for line in self.lines),
+            "runs": sum(line.runs for line in self.lines),
+            "duplicates": sum(line.duplicates for line in self.lines),
+            "uncacheable": dict(sum((Counter(line.uncacheable) for line in self.lines), Counter())),
+            "reused_seconds": sum(line.reused_seconds for line in self.lines),
+            "estimated": total and {name: getattr(total, name) for name in ("seconds", "low_seconds", "high_seconds")},
+            "money": None if money is None else dict(zip(("currency", "amount", "low", "high"), money, strict=True)),
+            "without_price": [device for device in self.devices if prices.of(device) is None],
+            "not_estimated": self.unknown,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+        }
+
+
+def make_plan(
+    command: Sequence[str], *, directory: str | None = None, policy: str | None = None, match: str | None = None
+) -> Plan:
+    """Run a command as far as its requests, and say what would become of them. Loads no model, stores nothing.
+
+    Its output goes to stderr, and its input is empty.
+
+    Raises:
+        PlanError: its requests cannot be known before it has run. CommandError: it cannot be started.
+    """
+    environment = launch_environment(command, os.environ, directory=directory, policy=policy, match=match)
+    if is_off(environment):
+        raise PlanError("EVALCACHE=off: nothing is looked up", hint="leave it out")
+    if (option := find_unreachable(command)) is not None:
+        raise PlanError(f"the command is run with {option}, which keeps evalcache out", hint="leave the option out")
+    with tempfile.TemporaryDirectory(prefix="evalcache-plan-") as folder:
+        environment |= {"EVALCACHE_PLAN": folder, "EVALCACHE_QUIET": "1"}
+        environment.pop("EVALCACHE_BUDGET", None)
+        sys.stdout.flush()
+        try:
+            done = subprocess.run(list(command), env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+        except OSError as error:
+            raise CommandError(f"cannot run {command[0]}: {error.strerror}", path=command[0], exit_code=127) from error
+        told = [
+            json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"), key=lambda file: file.stat().st_mtime)
+        ]
+    for one in told:
+        if one["reason"]:
+            raise PlanError(one["reason"], hint="plans are made of lm_eval's hf models; `evalcache run` needs no plan")
+    if done.returncode:
+        raise PlanError(
+            f"the command failed with exit code {done.returncode} before its requests were known", hint="see what it printed"
+        )
+    if not told:
+        raise PlanError(
+            "the command ended, and asked nothing that evalcache serves", hint="plans are made of lm_eval's hf models"
+        )
+    from evalcache.folder import default_folder
+
+    place = Path(environment.get("EVALCACHE_DIR") or default_folder())
+    store, ledger = Store(place / "store"), Ledger(place / "ledger.duckdb")
+    ledger.sync(store)
+    return Plan(tuple(command), tuple(_estimate(ledger, store, one) for one in told))
+
+
+def run_with_budget(
+    command: Sequence[str],
+    budget: str,
+    typed: Sequence[str] = (),
+    files: Sequence[str] = (),
+    *,
+    directory: str | None = None,
+    policy: str | None = None,
+    match: str | None = None,
+) -> None:
+    """Plan a command, say so on stderr, and give what is run next a budget: `launch.run_command` goes on.
+
+    Raises:
+        BudgetError: the budget is none, or one of money for a device without a price. As `make_plan`; no plan is no fault.
+    """
+    given, prices = Budget.parse(budget), read_prices(typed, files)
+    try:
+        plan = make_plan(command, directory=directory, policy=policy, match=match)
+    except (PlanError, LedgerError) as error:
+        print(f"evalcache: no plan: {visible(error.message)}; the budget of {given} counts all the same", file=sys.stderr)
+    else:
+        with contextlib.redirect_stdout(sys.stderr):
+            tell(plan, prices)
+        for device in plan.devices:
+            given.per_second(prices, device, 1)
+    os.environ.update(budget_environment(budget, typed, files))
+
+
+def tell(plan: Plan, prices: Prices) -> None:
+    """Print a plan for a person."""
+    rows = []
+    for line in plan.lines:
+        one = line.estimate
+        seconds, span, like = ("", "", "") if line.runs == 0 else ("?", "?", "nothing like it was measured")
+        if one is not None:
+            seconds, span = format_seconds(one.seconds), _range(one.low_seconds, one.high_seconds)
+            like = f"{one.like} ({one.like_count:,})"
+        task = f"{line.task} ({line.samples:,} samples)" if line.samples else line.task
+        rows.append((task, line.kind, line.hits, line.runs, line.duplicates, sum(line.uncacheable.values()), seconds, span, like))
+    columns = ("task", "asks for", "hits", "runs", "duplicates", "uncacheable", "about", "10–90 %", "estimated from")
+    print_table(columns, rows, empty="no requests")
+    found, total = plan.to_json(prices), plan.seconds
+    said = [
+        f"{found['hits']:,} hit, {found['runs']:,} run, {found['duplicates']:,} merged, {format_reasons(found['uncacheable'])}",
+        f"reused {format_seconds(found['reused_seconds'])}",
+    ]
+    if found["runs"] or found["uncacheable"]:
+        loading = "loading included" if any(part.loading for part in plan.parts) else "without loading, which was not measured"
+        if total is not None:
+            spans = _range(total.low_seconds, total.high_seconds)
+            said.append(f"to run about {format_seconds(total.seconds)} ({spans}) on {', '.join(plan.devices)}, {loading}")
+        if (money := plan.money(prices)) is not None:
+            currency, amount, low, high = money
+            said.append(f"about {amount:,.2f} {currency} ({low:,.2f}–{high:,.2f}) on one device")
+        elif found["without_price"]:
+            said.append(f"no price for {', '.join(found['without_price'])}")
+    if plan.unknown:
+        said.append(f"{plan.unknown:,} requests are not estimated")
+    print(visible(f"plan: {'; '.join(said)}"))
+    for part in plan.parts:
+        for reason in part.why:
+            print(visible(f"  {reason}"))
+        for warning in part.warnings:
+            print(visible(f"  warning: {warning}"))
+
+
+def _range(low: float, high: float) -> str:
+    return f"{format_seconds(low)}–{format_seconds(high)}"
+
+
+# --- estimating ----------------------------------------------------------------------------------------------------------
+
+
+def _estimate(ledger: Ledger, store: Store, told: dict[str, Any]) -> Part:
+    model, groups = told["model"], told["groups"]
+    with ledger.reading() as ask:
+        ask(_MEASURED, [told.get("device") or ""])
+        root = model.get("root") or model.get("last_root") or ""
+        family = _family(ask, root, model)
+        lines = tuple(_line(ask, group, root, family) for group in groups)
+        runs = any(group["runs"] or group["uncacheable"] for group in groups)
+        loading = _loading(ask, root, family) if runs else None
+        why, warnings = _explain(ask, store, told) if runs else ((), ())
+    if told.get("own_cache"):
+        warnings += ("the harness's own cache (--use_cache) was not looked at: what it answers is counted as asked",)
+    return Part(
+        told.get("device") or "", model.get("root") or "", model.get("class") or "", model.get("path") or "", lines, loading,
+        tuple(why), tuple(warnings),
+    )  # fmt: skip
+
+
+def _line(ask: Ask, group: dict[str, Any], root: str, family: list[str]) -> Line:
+    estimate = None
+    if group["runs"]:
+        estimate = _like(ask, group, root, family)
+    return Line(
+        group["task"], group["asked_kind"], group["hits"], group["runs"], group["duplicates"], group["uncacheable"],
+        group["samples"], group["hit_seconds"], estimate,
+    )  # fmt: skip
+
+
+def _family(ask: Ask, root: str, model: dict[str, Any]) -> list[str]:
+    """The models of its class and size."""
+    size = model.get("parameters")
+    if not size:
+        return []
+    found = ask(
+        "SELECT DISTINCT digest::VARCHAR FROM ledger.models WHERE class = ? AND parameters BETWEEN ? AND ?",
+        [model.get("class") or "", int(_SIZES[0] * size), int(_SIZES[1] * size)],
+    )
+    return [str(digest) for (digest,) in found.rows]
+
+
+def _like(ask: Ask, group: dict[str, Any], root: str, family: list[str]) -> Seconds | None:
+    """What would run, by the costs of the requests that are most like it."""
+    task, stored = group["task"], group["kind"]
+    for kinds in _KINDS.get(stored, ((stored,),)):
+        for like, where, params in (
+            ("this task, this model", "list_contains(tasks, {}) AND model::VARCHAR = {}", [task, _uuid(root)]),
+            ("this task, models of this size", "list_contains(tasks, {}) AND list_contains({}, model::VARCHAR)", [task, family]),
+            ("this model", "model::VARCHAR = {}", [_uuid(root)]),
+            ("models of this size", "list_contains({}, model::VARCHAR)", [family]),
+        ):
+            if (found := _measured(ask, group, kinds, where, params)) is not None:
+                return dataclasses.replace(found, like=f"{like}{'' if stored in kinds else ', asked one by one'}")
+    return None
+
+
+def _measured(ask: Ask, group: dict[str, Any], kinds: Sequence[str], where: str, params: list[Any]) -> Seconds | None:
+    named = ", ".join(f"'{kind}'" for kind in kinds)
+    whole = kinds == ("generate_until_call",)
+    if whole or group["kind"] == "loglikelihood":
+        sql = f"{_PER_TOKEN} kind IN ({named}) AND {where.format(*(f'${place}' for place in range(1, len(params) + 1)))}"
+        ((count, *each),) = ask(sql, params).rows
+        tokens = sum(group["prompt_tokens"])
+        return _ordered(*(one * tokens for one in each), count=count) if count else None
+    found = []
+    requests = Counter(group["limits"])
+    if group["kind"] == "generate_until_call":  # asked one by one
+        number = max(group["samples"], 1)
+        requests = Counter({max(1, sum(group["limits"]) // number): number})
+    for limit, number in requests.items():
+        sql = f"{_PER_REQUEST} kind IN ({named}) AND {where.format(*(f'${place}' for place in range(2, len(params) + 2)))})"
+        ((count, *each),) = ask(sql, [limit, *params]).rows
+        if not count:
+            return None
+        found.append(_ordered(*(one * number for one in each), count=count))
+    return _added(found)
+
+
+def _loading(ask: Ask, root: str, family: list[str]) -> Seconds | None:
+    for like, models in (("this model", [_uuid(root)]), ("models of this size", family)):
+        ((count, *each),) = ask(_LOADS, [models]).rows
+        if count:
+            return dataclasses.replace(_ordered(*each, count=count), like=like)
+    return None
+
+
+def _ordered(point: float, low: float, high: float, *, count: int) -> Seconds:
+    return Seconds(point, min(low, point), max(high, point), like_count=count)
+
+
+def _added(found: Sequence[Seconds]) -> Seconds:
+    return Seconds(
+        sum(one.seconds for one in found),
+        sum(one.low_seconds for one in found),
+        sum(one.high_seconds for one in found),
+        found[0].like if found else "",
+        max((one.like_count for one in found), default=0),
+    )
+
+
+def _uuid(root: str) -> str:
+    return "-".join((root[:8], root[8:12], root[12:16], root[16:20], root[20:])) if root else ""
+
+
+# --- why it would run ----------------------------------------------------------------------------------------------------
+
+
+def _explain(ask: Ask, store: Store, told: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(reasons, warnings)."""
+    model, groups = told["model"], told["groups"]
+    if told["refresh"]:
+        return ("the policy is refresh: everything is computed again",), ()
+    if model.get("state") == "stranger":
+        return _explain_stranger(model)
+    if "environment" not in model:
+        return ("the model runs as if evalcache were not there",), ()
+    root = model["root"]
+    if not ask("SELECT count(*) FROM ledger.requests WHERE model = ?", [root]).rows[0][0]:
+        return (_nearest(ask, store, model),), ()
+    environment = bytes.fromhex(model["environment"])
+    known = "SELECT count(*) FROM ledger.requests WHERE model = ? AND environment_digest = ?"
+    if not ask(known, [root, digest_bytes(environment).hex]).rows[0][0]:
+        changes = _changes(ask, "environment", environment, "r.model = ?", [root])
+        if any(name in _UPGRADES for name, _, _ in changes) and not any(group["hits"] for group in groups):
+            return (f"another environment: {_said(changes)}",), (_upgraded(_said(changes)),)
+        return (f"another environment: {_said(changes)}",), ()
+    said = []
+    for group in groups:
+        if not group["runs"]:
+            continue
+        name = f"{group['task'] or 'requests'} ({group['asked_kind']})"
+        new = []
+        for settings in map(bytes.fromhex, group["settings"]):
+            where = "SELECT count(*) FROM ledger.requests WHERE model = ? AND kind = ? AND settings_digest = ?"
+            if not ask(where, [root, group["kind"], digest_bytes(settings).hex]).rows[0][0]:
+                where = "r.model = ? AND r.kind = ? AND r.key IN (SELECT key FROM ledger.lookups WHERE task = ?)"
+                new += _changes(ask, "settings", settings, where, [root, group["kind"], group["task"]])
+        if new:
+            said.append(f"{name}: other settings: {_said(new)}")
+        elif group["kind"] == "generate_until_call":
+            said.append(f"{name}: samples are stored as a whole, and one of them or the generators' state is new")
+        else:
+            said.append(f"{name}: {group['runs']:,} that this model was not asked so before")
+    return tuple(dict.fromkeys(said)), ()
+
+
+def _explain_stranger(model: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if "last_root" not in model:
+        return ("the model was never loaded here: everything runs",), ()
+    changed = [(name, then, now) for name, (then, now) in model["versions"].items()]
+    if not changed:
+        return (
+            "the model's files were loaded before, but in another way (dtype, device map, kernels): what it is now is known only "
+            "once it is loaded, and everything is counted as if it ran",
+        ), ()
+    said = _said(changed)
+    if any(name in _UPGRADES for name, _, _ in changed):
+        return (f"other versions than when the model was last loaded: {said}",), (_upgraded(said),)
+    return (
+        f"the model was last loaded with other versions: {said}; what it is now is known only once it is loaded, and everything "
+        "is counted as if it ran",
+    ), ()
+
+
+def _upgraded(said: str) -> str:
+    return f"everything misses, because a library was changed: {said}; answers of one version do not stand for another's"
+
+
+def _nearest(ask: Ask, store: Store, model: dict[str, Any]) -> str:
+    """A model that was asked nothing yet: what is different in it from the nearest one that was."""
+    data = store.get_object(f"model/{model['root']}")
+    found = None
+    others = ask(
+        "SELECT manifest, digest FROM ledger.models WHERE class = ? AND digest <> ? AND digest IN "
+        "(SELECT model FROM ledger.requests) ORDER BY first_seen DESC LIMIT ?",
+        [model.get("class") or "", model["root"], _MOST_MODELS],
+    )
+    for other, digest in others.rows if data is not None else ():
+        try:
+            diff = Manifest.from_bytes(other).diff(Manifest.from_bytes(data))
+        except CanonicalError:
+            continue
+        if found is None or len(diff.tensors) + len(diff.parts) < len(found[0].tensors) + len(found[0].parts):
+            found = diff, digest
+    if found is None:
+        return "this model was asked nothing before"
+    names = ask("SELECT name FROM ledger.model_names WHERE model = ? ORDER BY seq DESC LIMIT 1", [found[1]]).rows
+    return f"new weights: {found[0]} differ from {names[0][0] if names and names[0][0] else str(found[1])[:12]}"
+
+
+def _changes(ask: Ask, name: str, now: bytes, where: str, params: list[Any]) -> list[tuple[str, Any, Any]]:
+    """The fields in which the latest stored requests differ from those of now."""
+    latest = ask(
+        f"SELECT f.canonical FROM ledger.requests r JOIN ledger.outputs o USING (key) JOIN ledger.fields f "
+        f"ON f.digest = r.{name}_digest WHERE {where} ORDER BY o.created_at DESC LIMIT 1",
+        params,
+    ).rows
+    if not latest:
+        return []
+    try:
+        return list(_walk("", decode(bytes(latest[0][0])), decode(now)))
+    except CanonicalError:
+        return []
+
+
+def _walk(path: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for name in sorted(left.keys() | right.keys()):
+            yield from _walk(f"{path}.{name}" if path else name, left.get(name), right.get(name))
+    elif type(left) is not type(right) or left != right:
+        yield path, left, right
+
+
+def _said(changes: Sequence[tuple[str, Any, Any]]) -> str:
+    said = [f"{name} {_short(left)} → {_short(right)}" for name, left, right in changes[:_MOST_FIELDS]]
+    more = f" and {len(changes) - _MOST_FIELDS} more" if len(changes) > _MOST_FIELDS else ""
+    return ", ".join(said) + more
+
+
+def _short(value: Any) -> str:
+    text = "–" if value is None else value.hex() if isinstance(value, bytes) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
