@@ -48,7 +48,7 @@ FROM (SELECT DISTINCT ON (store, seq) * FROM measurements) GROUP BY run, device;
 -- without an outcome, which bears its overhead. device, device_count: where the seconds were measured, one where nobody counted.
 -- run_device: what the run computed on, or, where it computed nothing, what its hits had been computed on.
 CREATE VIEW audit_requests AS
-WITH asked AS (
+WITH asked AS NOT MATERIALIZED (
     SELECT * FROM lookups_once
 ), own AS (
     SELECT run, sum(seconds) AS seconds, coalesce(sum(seconds) FILTER (kind IN ('checks', 'probe')), 0) AS verification
@@ -144,9 +144,9 @@ SELECT s.*, coalesce(requests, 0) AS requests, coalesce(hits, 0) AS hits, coales
 FROM run_spans s LEFT JOIN sums USING (run) LEFT JOIN loads USING (run) LEFT JOIN energy USING (run)
 ORDER BY started_at DESC NULLS LAST, run;
 
--- The audit, a row a task, over all runs. Overhead is the requests' share of it.
+-- The audit, a row a run and task. Overhead is the requests' share of it.
 CREATE VIEW audit_by_task AS
-SELECT client, task, count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits,
+SELECT run, client, task, count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits,
     count(*) FILTER (reason = 'own') AS own_hits, count(*) FILTER (line = 'imported') AS imported_hits,
     count(*) FILTER (outcome = 'miss') AS misses, count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
     count(*) FILTER (outcome = 'duplicate') AS duplicates,
@@ -160,7 +160,7 @@ SELECT client, task, count(outcome) AS requests, count(*) FILTER (outcome = 'hit
     count(*) FILTER (outcome = 'hit') / nullif(count(*) FILTER (outcome IN ('hit', 'miss', 'uncacheable')), 0) AS hit_rate,
     coalesce(sum(seconds) FILTER (line IN ('credited', 'imported')), 0)
         / nullif(coalesce(sum(seconds) FILTER (line IN ('credited', 'imported', 'spent')), 0), 0) AS hit_rate_by_seconds
-FROM audit_requests GROUP BY client, task ORDER BY spent_seconds DESC, client, task;
+FROM audit_requests GROUP BY run, client, task ORDER BY run, client, task;
 
 -- Every miss with its cause, by the nearest of what had been stored before its run began: gone (this very key: the store has lost
 -- it, or it is another store), environment (the same request to the same model), settings (the same prompt to the same model),

@@ -8,19 +8,16 @@ imports torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
+from evalcache.cli_options import Place, asks_a_cache, asks_for_prices
+from evalcache.cli_reports import audit, explain, explain_run
 from evalcache.errors import EvalCacheError
 from evalcache.progress import progress_bar
 from evalcache.session import disable
-
-if TYPE_CHECKING:
-    from evalcache.ledger import Ledger
-    from evalcache.store import Store
 
 _POLICIES = ("use", "refresh", "read_only", "replay", "off")
 _MATCHES = ("portable", "strict")
@@ -30,58 +27,12 @@ FROM hits_by_run ORDER BY started_at DESC NULLS LAST LIMIT ?
 """
 
 
-class Place:
-    """The store and the ledger of one cache folder, opened when first asked for."""
-
-    def __init__(self, directory: str | None) -> None:
-        from evalcache.folder import default_folder
-
-        self.directory = Path(default_folder() if directory is None else directory)
-        self.store_path = self.directory / "store"
-        self.ledger_path = self.directory / "ledger.duckdb"
-
-    @property
-    def store(self) -> Store:
-        """The store."""
-        from evalcache.store import Store
-
-        return Store(self.store_path)
-
-    def synced(self) -> Ledger:
-        """The ledger, which has been told everything that was waiting in the journal."""
-        from evalcache.ledger import Ledger
-
-        ledger = Ledger(self.ledger_path)
-        with progress_bar("bringing the ledger up to date") as tell:
-            ledger.sync(self.store, progress=tell)
-        return ledger
-
-
 def _tags(context: click.Context, option: click.Parameter, tags: Sequence[str]) -> Sequence[str]:
     """Tags as they can be told apart in ``EVALCACHE_TAGS``."""
     for tag in tags:
         if "," in tag or not tag.strip():
             raise click.BadParameter(f"{tag!r}: a tag is not empty and has no comma")
     return tags
-
-
-def _asks_a_cache(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The two options of every verb that asks a cache."""
-    verb = click.option("--json", "as_json", is_flag=True, help="Print one JSON document with stable field names.")(verb)
-    return click.option(
-        "--dir", "directory", metavar="FOLDER", help="Cache folder (default: EVALCACHE_DIR, or the user's cache folder)."
-    )(verb)
-
-
-def _asks_for_prices(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The two options of every verb that says what something costs."""
-    verb = click.option(
-        "--prices", "price_files", metavar="FILE", type=click.Path(exists=True, dir_okay=False), multiple=True,
-        help="Prices of your own, a file of the form of evalcache/prices.toml; repeatable.",
-    )(verb)  # fmt: skip
-    return click.option(
-        "--price", "prices", metavar="DEVICE=AMOUNT", multiple=True, help="Price of an hour: '*H200*=3.20 EUR'; repeatable."
-    )(verb)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -100,7 +51,7 @@ def commands() -> None:
 @click.option("--tag", "tags", metavar="NAME", multiple=True, callback=_tags, help="A word of yours for this run; repeatable.")
 @click.option("--ab", is_flag=True, help="Run it bare as well, and compare what is claimed with what the clock says.")
 @click.option("--budget", metavar="2h|20EUR", help="Plan first, and stop between two batches once so much is spent.")
-@_asks_for_prices
+@asks_for_prices
 @click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="With --ab: write the figures there.")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
@@ -147,8 +98,8 @@ def run(
 @commands.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--policy", type=click.Choice(_POLICIES), help="What the run may do with the store (default: EVALCACHE, or use).")
 @click.option("--match", type=click.Choice(_MATCHES), help="strict: key the device and the batch (default: EVALCACHE_MATCH).")
-@_asks_for_prices
-@_asks_a_cache
+@asks_for_prices
+@asks_a_cache
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 def plan(
     policy: str | None,
@@ -182,7 +133,7 @@ def plan(
 @click.argument("path", type=click.Path(exists=True))
 @click.option("--modules", is_flag=True, help="One row per module instead of the root alone.")
 @click.option("--rehash", is_flag=True, help="Read every byte, even of files that have not been touched since the last time.")
-@_asks_a_cache
+@asks_a_cache
 def fingerprint(path: str, modules: bool, rehash: bool, directory: str | None, as_json: bool) -> None:
     """Fingerprint the files of a checkpoint, without loading the model."""
     from evalcache.checkpoint import fingerprint_checkpoint
@@ -211,7 +162,7 @@ def fingerprint(path: str, modules: bool, rehash: bool, directory: str | None, a
 @commands.command()
 @click.argument("left", metavar="A")
 @click.argument("right", metavar="B")
-@_asks_a_cache
+@asks_a_cache
 def diff(left: str, right: str, directory: str | None, as_json: bool) -> int:
     """Say which modules of two models differ. A and B are checkpoint folders, or digests of models that were run.
 
@@ -240,7 +191,7 @@ def diff(left: str, right: str, directory: str | None, as_json: bool) -> int:
 
 
 @commands.command()
-@_asks_a_cache
+@asks_a_cache
 def doctor(directory: str | None, as_json: bool) -> int:
     """Look for what is wrong: versions, clients, the cache folder, locks, disk. Exit code 1 if anything is.
 
@@ -262,7 +213,7 @@ def doctor(directory: str | None, as_json: bool) -> int:
 
 @commands.command()
 @click.option("--limit", default=20, show_default=True, help="Latest runs to show.")
-@_asks_a_cache
+@asks_a_cache
 def runs(limit: int, directory: str | None, as_json: bool) -> None:
     """List the latest runs."""
     from evalcache.printing import print_json, print_table
@@ -276,7 +227,7 @@ def runs(limit: int, directory: str | None, as_json: bool) -> None:
 
 @commands.command()
 @click.option("--run", "run_name", metavar="ID|last", help="One run's hits, misses, savings and cost.")
-@_asks_a_cache
+@asks_a_cache
 def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
     """Sum up one run, or without --run say what the cache holds."""
     from evalcache.printing import print_fields, print_json
@@ -303,7 +254,7 @@ def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
 
 @commands.command()
 @click.argument("key")
-@_asks_a_cache
+@asks_a_cache
 def show(key: str, directory: str | None, as_json: bool) -> None:
     """Show one stored entry: what was asked, what was answered, and what it cost."""
     from evalcache.entryview import describe_entry
@@ -315,31 +266,9 @@ def show(key: str, directory: str | None, as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("left", metavar="KEY")
-@click.argument("right", metavar="KEY")
-@_asks_a_cache
-def explain(left: str, right: str, directory: str | None, as_json: bool) -> None:
-    """Say in which keyed fields two stored entries differ.
-
-    That is why the one could not answer for the other.
-    """
-    from evalcache.misses import explain_keys
-    from evalcache.names import find_key
-    from evalcache.printing import print_json, visible
-
-    store = Place(directory).store
-    one, other = find_key(left, store), find_key(right, store)
-    reasons = explain_keys(store, one, other)
-    if as_json:
-        print_json({"left": one, "right": other, "differences": [reason._asdict() for reason in reasons]})
-    else:
-        print("\n".join(visible(str(reason)) for reason in reasons) or "no difference: they are one entry")
-
-
-@commands.command()
 @click.argument("sql")
 @click.option("--unsafe", is_flag=True, help="Allow statements that read files or change the ledger.")
-@_asks_a_cache
+@asks_a_cache
 def query(sql: str, unsafe: bool, directory: str | None, as_json: bool) -> None:
     """Ask the ledger in SQL. `SHOW TABLES` lists what there is."""
     from evalcache.printing import print_json, print_table
@@ -352,7 +281,7 @@ def query(sql: str, unsafe: bool, directory: str | None, as_json: bool) -> None:
 
 
 @commands.command()
-@_asks_a_cache
+@asks_a_cache
 def path(directory: str | None, as_json: bool) -> None:
     """Print the cache folder."""
     from evalcache.printing import print_json
@@ -365,7 +294,7 @@ def path(directory: str | None, as_json: bool) -> None:
 
 
 @commands.command()
-@_asks_a_cache
+@asks_a_cache
 def verify(directory: str | None, as_json: bool) -> int:
     """Check every stored entry, and the store against the ledger. Exit code 1 if anything is wrong."""
     from evalcache.printing import print_fields, print_json, visible
@@ -380,6 +309,10 @@ def verify(directory: str | None, as_json: bool) -> int:
             print(visible(problem))
         print_fields({name: value for name, value in found.to_json().items() if isinstance(value, int)})
     return int(not found.good)
+
+
+for _verb in (audit, explain, explain_run):
+    commands.add_command(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -17,6 +17,7 @@ from evalcache.ledger import Ask, Ledger
 from evalcache.manifest import Manifest, ManifestDiff
 from evalcache.names import find_run
 from evalcache.records import unpack_tokens
+from evalcache.schema import quoted
 from evalcache.store import Store
 
 _MODULES = "model.modules"
@@ -136,14 +137,16 @@ _DETAILED = ("model", "settings", "environment")
 _MOST_DETAILS = 3
 
 
-def explain_causes(ask: Ask) -> list[dict[str, Any]]:
+def explain_causes(ask: Ask, run: str | None = None) -> list[dict[str, Any]]:
     """Causes of the misses of the runs in the temporary table ``chosen``, the most frequent first, with what had changed.
 
     Each has cause, meaning, requests, seconds, share (of all misses), example (a key), and changed: what was different in the
-    runs and models that have most of them.
+    runs and models that have most of them. run: the only one of them, which is then found at less cost.
     """
-    ask("CREATE TEMP TABLE explained AS SELECT run, client, task, model, key, seconds, cause FROM misses_explained "
-        "SEMI JOIN chosen USING (run)")  # fmt: skip
+    ask(
+        "CREATE TEMP TABLE explained AS SELECT run, client, task, model, key, seconds, cause FROM misses_explained "
+        + ("SEMI JOIN chosen USING (run)" if run is None else f"WHERE run = {quoted(run)}")
+    )
     table = ask(
         "SELECT cause, count(*) AS requests, coalesce(sum(seconds), 0) AS seconds, count(*) / sum(count(*)) OVER () AS share, "
         "arg_max(key, (coalesce(seconds, 0), key)) AS example FROM explained GROUP BY cause ORDER BY requests DESC, cause"

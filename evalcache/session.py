@@ -385,8 +385,8 @@ def _check(given: dict[str, Any]) -> None:
 
 def _explain(cache: Cache) -> list[str]:
     try:
-        from evalcache.misses import explain_misses
         from evalcache.ledger import Ledger
+        from evalcache.misses import explain_misses
 
         return explain_misses(Ledger(cache.ledger_path), cache.run_id)
     except Exception as error:  # the reason is a courtesy: a locked ledger must not cost the line
