@@ -30,6 +30,8 @@ def install(cache: PlanCache) -> None:
     if faults := LM_EVAL.faults():
         cache.end(f"lm_eval is another version than the tested ones: {'; '.join(faults)}")
     lm_eval.install(cache)
+    if lm_eval._evaluator is not None:
+        lm_eval._evaluator.remove()  # nothing is scored, and `watch_evaluator` waits for the same module
     lm_eval._adapter = PlanAdapter(cache, sys.modules["lm_eval.models.huggingface"].HFLM)
 
 
