@@ -76,7 +76,8 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
             if lazy is not None:
                 return lazy
         began = time.perf_counter()
-        if known is None:
+        # What lies on a hub may be here, and known, once it has been loaded.
+        if known is None and (kwargs.get("output_loading_info") or not isinstance(path, str) or os.path.isdir(path)):
             model = original(path, *args, **kwargs)
             cache.loaded(Digest(bytes(16)), time.perf_counter() - began)
             return model
@@ -85,7 +86,8 @@ def load(cache: Cache, cls: type, original: Callable[..., Any], path: Any, args:
         took_s = time.perf_counter() - began
         # What was made up at random while loading, or with draws from the script's generator, cannot be promised.
         draws = _loading.draws
-        whole = _is_whole(told) and (_loading.base if known.adapter else draws.nothing())
+        known = known or guarded(cache, lambda: _Checkpoint.find(cache, cls, path, args, kwargs))
+        whole = known is not None and _is_whole(told) and (_loading.base if known.adapter else draws.nothing())
         if whole and cache.policy.writes:
             guarded(cache, lambda: known.remember(model, draws))
         found = known_as(model)
@@ -198,7 +200,7 @@ class _Checkpoint:
         except _UnknowableError:
             return None
         except (EvalCacheError, OSError) as error:
-            if not isinstance(error, (CanonicalError, FingerprintError)):
+            if os.path.isdir(path) and not isinstance(error, (CanonicalError, FingerprintError)):
                 cache.warn(f"{folder} is loaded at once: {error}")
             return None
         found.path, found.name = path, name
@@ -314,10 +316,16 @@ def _without_nothing(value: Any) -> Any:
 
 
 def folder_of(path: Any, kwargs: dict[str, Any], file: str = "config.json") -> Path | None:
-    """Where the files are: a folder, or a snapshot in the hub's cache."""
+    """Where the files are: a folder, or a snapshot in the hub's cache.
+
+    A name is asked of the hub, as the load itself would do: its branch may have moved on since it was downloaded. What has come
+    since is not here yet, and loaded at once.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder / kwargs["subfolder"] if kwargs.get("subfolder") else folder
+    if kwargs.get("force_download"):
+        return None
     from transformers.utils import cached_file
 
     try:
@@ -326,7 +334,8 @@ def folder_of(path: Any, kwargs: dict[str, Any], file: str = "config.json") -> P
             file,
             cache_dir=kwargs.get("cache_dir"),
             revision=kwargs.get("revision") or "main",
-            local_files_only=True,
+            token=kwargs.get("token"),
+            local_files_only=bool(kwargs.get("local_files_only")),
             subfolder=kwargs.get("subfolder") or "",
             _raise_exceptions_for_missing_entries=False,
         )
