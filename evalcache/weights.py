@@ -302,7 +302,12 @@ class _Walk:
         if cls._save_to_state_dict is nn.Module._save_to_state_dict and cls.get_extra_state is nn.Module.get_extra_state:
             return []
         saved: dict[str, Any] = {}
-        module._save_to_state_dict(saved, "", True)
+        state = getattr(module.__dict__["_parameters"].get("weight"), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            # Saving makes bitsandbytes undo the layout that its first forward on a CPU chose, and the next one answers otherwise.
+            saved = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+        else:
+            module._save_to_state_dict(saved, "", True)
         owned = {*module.__dict__["_parameters"], *module.__dict__["_buffers"]}
         return [
             [name, self._tensor(value).digest.value if isinstance(value, torch.Tensor) else self.encoder.encode(value, path)]

@@ -280,6 +280,23 @@ def test_bitsandbytes_four_bits_with_their_quantisation_state() -> None:
     assert checks.manifest().root != before
 
 
+def test_a_check_leaves_four_bits_in_the_layout_that_their_forward_chose(tmp_path: Path) -> None:
+    """A CPU with AVX512 reads another layout than the one that is saved; going to and fro rounds, and is another model."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2)).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    first, said = answer(model), answer(model)
+    checks = Fingerprinter(model)
+    before = checks.manifest().root
+    for _ in range(2):
+        assert torch.equal(answer(model), said) and torch.equal(said, first)
+        assert checks.manifest().root == before
+
+
 # --- placement --------------------------------------------------------------------------------------------------------
 
 
