@@ -118,7 +118,7 @@ def measure_lookups(report: Report, folder: Path, count: int) -> None:
     import words
     from harness_tasks import make_model
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import CachingLM
+    from lm_eval.api.model import CacheHook, CachingLM
     from lm_eval.models.huggingface import HFLM
 
     import evalcache
@@ -133,6 +133,8 @@ def measure_lookups(report: Report, folder: Path, count: int) -> None:
         lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=64)
         above = CachingLM(lm, str(folder / "lookups.db"))
         above.loglikelihood(asked)
+        above.dbdict.commit(blocking=True)
+        lm.set_cache_hook(CacheHook(None))  # what is answered beneath is not to be written there again
         assert session.cache is not None
         session.cache.flush()
         overhead = session.cache.counts.overhead
