@@ -192,7 +192,7 @@ def audit(
         runs = ask("SELECT count(*) FROM chosen").rows[0][0]
         counted = Counted(prices, grid)
         rows, total = _figures(ask, BY[by], counted, run)
-        if counted.currency is None:  # amounts in several currencies have no sum
+        if len(counted.currencies) > 1:  # amounts that have no sum
             rows, total = [row.without_money() for row in rows], total.without_money()
         return Report(
             by=by,
@@ -204,7 +204,7 @@ def audit(
             uncacheable=_uncacheable(ask),
             misses=explain_causes(ask, run),
             expensive=_expensive(ask),
-            currency=counted.currency,
+            currency=counted.currencies[0] if len(counted.currencies) == 1 else None,
             missing_prices=sorted(counted.missing_prices),
             missing_watts=sorted(counted.missing_watts),
             prices=list(counted.used),

@@ -174,10 +174,9 @@ class Counted:
         self._known: dict[str | None, Price | None] = {}
 
     @property
-    def currency(self) -> str | None:
-        """The one that all prices are in."""
-        found = {price.currency for price in self.used}
-        return found.pop() if len(found) == 1 else None
+    def currencies(self) -> list[str]:
+        """Those that the prices are in which were used."""
+        return sorted({price.currency for price in self.used})
 
     def figures(
         self, rows: Iterable[Mapping[str, Any]], first_computed: float, loads: Sequence[Any] | None, joules: float | None
