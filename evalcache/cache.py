@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evalcache.collector import paused_for
 from evalcache.counts import Counts
 from evalcache.decide import decide
 from evalcache.digest import Digest
@@ -184,28 +185,32 @@ class Cache:
         What was put is kept although the block raises.
         """
         looked_at = time.time()
-        with self.counts.taking("keys"):
-            keys = keys_of(actions)
-        with self.counts.taking("lookup"):
-            lookups = self._look_up(list(dict.fromkeys(keys)), all_or_none)
 
         def hand_over(made: list[Made], now: bool) -> None:
             if self.policy.writes:
                 self._wait_for_check(watch, made[0][1].model, made, now)
 
-        serving = Serving(
-            actions, keys, lookups, hand_over, max(COMMIT_S, watch.check_seconds / COMMIT_SHARE), labels,
-            leases=self._leases(), look=self._look_again, fault=self._outbox.give_up, together=all_or_none, looked_at=looked_at,
-            taking=lambda: self.counts.taking("lookup"), run=self.run_id,
-        )  # fmt: skip
-        whole = False
-        try:
-            yield serving
-            whole = True
-        finally:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(paused_for(len(actions)))
+            with self.counts.taking("keys"):
+                keys = keys_of(actions)
             with self.counts.taking("lookup"):
-                serving.close()
-                self._tell_lookups(watch, serving.told(computed_only=not whole), client)
+                lookups = self._look_up(list(dict.fromkeys(keys)), all_or_none)
+                serving = Serving(
+                    actions, keys, lookups, hand_over, max(COMMIT_S, watch.check_seconds / COMMIT_SHARE), labels,
+                    leases=self._leases(), look=self._look_again, fault=self._outbox.give_up, together=all_or_none,
+                    looked_at=looked_at, taking=lambda: self.counts.taking("lookup"), run=self.run_id,
+                )  # fmt: skip
+            if serving.missing:
+                stack.close()  # what computes needs its collector
+            whole = False
+            try:
+                yield serving
+                whole = True
+            finally:
+                with self.counts.taking("lookup"):
+                    serving.close()
+                    self._tell_lookups(watch, serving.told(computed_only=not whole), client)
 
     def uncacheable(
         self, reason: str, detail: str = "", *, requests: int = 1, seconds: float | None = None, client: str = ""

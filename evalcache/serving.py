@@ -285,24 +285,27 @@ class Serving:
     def told(self, computed_only: bool = False) -> Told:
         """What became of the requests; of a call that was cut short, of those that were computed."""
         told = Told()
+        merged = len(self._first) < len(self._keys)
         for position, key in enumerate(self._keys):
-            lookup = self._lookups[key]
-            if key not in self._results or (computed_only and isinstance(lookup, Hit)):
+            result, lookup = self._results.get(key), self._lookups[key]
+            hit = lookup if isinstance(lookup, Hit) else None
+            if result is None or (computed_only and hit):
                 continue
-            cost = self._results[key].cost
-            if self._first[key] != position:
+            if merged and self._first[key] != position:
                 outcome, reason = "duplicate", ""
-            elif isinstance(lookup, Hit):
-                outcome, reason = "hit", "own" if self._run and lookup.entry.run == self._run else ""
+            elif hit:
+                outcome, reason = "hit", "own" if self._run and hit.entry.run == self._run else ""
             else:
                 outcome, reason = ("uncacheable" if isinstance(lookup, Uncacheable) else "miss"), lookup.reason
+            cost = result.cost
             told.keys.append(key)
             told.outcomes.append(outcome)
             told.reasons.append(reason)
             told.seconds.append(cost.seconds if cost else None)
             told.devices.append(cost.device if cost else "")
-            told.origins.append(lookup.entry.run if isinstance(lookup, Hit) else "")
-            for names, mine in ((self._labels.tasks, told.tasks), (self._labels.documents, told.documents)):
-                if names:
-                    mine.append(names[position])
+            told.origins.append(hit.entry.run if hit else "")
+            if self._labels.tasks:
+                told.tasks.append(self._labels.tasks[position])
+            if self._labels.documents:
+                told.documents.append(self._labels.documents[position])
         return told

@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import uuid
 import warnings
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evalcache.canonical import decode, encode_canonical
+from evalcache.collector import paused_for
 from evalcache.digest import SIZE_BYTES, Digest
 from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
@@ -38,7 +37,6 @@ _ASIDE = ("aside/", "aside0")
 _AT_WORK = ("worker/", "lease/")
 _ENTRIES = b""  # bytes come after all text
 _SCAN_ROWS = 500
-_PAUSE_FROM_KEYS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +278,7 @@ class Store:
         found: dict[Digest, Any] = {}
         unreadable: list[tuple[bytes, str]] = []
         bad: list[tuple[Digest, Any, FrameError]] = []
-        with _collector_paused(len(keys) >= _PAUSE_FROM_KEYS):
+        with paused_for(len(keys)):
             for rows in self._rows.select(list(by_value), unreadable):
                 for value, frame in rows:
                     key = by_value[value]
@@ -318,20 +316,6 @@ class Store:
 
     def _set_state(self, store_id: str, last: int) -> None:
         self._rows.put([(_STATE, seal(_STATE, encode_canonical([store_id, last])))])
-
-
-@contextlib.contextmanager
-def _collector_paused(bulk: bool) -> Iterator[None]:
-    """No garbage collection while a bulk of entries is built: they are live and have no cycles, but enough of them set off passes
-    over the *caller's* whole heap, a fifth of the time of a bulk lookup."""
-    pause = bulk and gc.isenabled()
-    if pause:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if pause:
-            gc.enable()
 
 
 def _unreadable(key: Digest, why: str) -> FrameError:

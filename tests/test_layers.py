@@ -24,6 +24,7 @@ LEVELS = {
     "ending": 1,  # nor does this
     "printing": 1,  # nor this
     "progress": 1,
+    "collector": 1,  # Python's own
     "canonical": 1.5,
     "records": 2,
     "manifest": 2,
