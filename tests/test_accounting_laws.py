@@ -30,6 +30,7 @@ from evalcache.store import Store
 from evalcache.watch import Watch
 
 ADDITIVE = [name for name, figure in FIGURES.items() if figure.unit != "share" and name != "first_computed_seconds"]
+LOADS = [name for name in FIGURES if "load" in name]
 DEVICES = ("NVIDIA H200", "NVIDIA L4", "")
 ELSEWHERE = "e" * 32  # a run that no ledger here knows
 PRICES = Prices([Price("*H200*", 3.0, "EUR", 700.0), Price("*L4*", 0.5, "EUR", 72.0)])
@@ -169,11 +170,11 @@ def check_all_laws(made: Made) -> None:
         assert all(same(whole.total.figures[name], found.total.figures[name]) for name in FIGURES), by
         if by == "tag":
             continue
-        for name in ADDITIVE:  # shares add up
-            told = found.rows and any(row.figures[name] is None for row in found.rows) and name in ("loads", "load_seconds")
-            if found.rows and not told and not (name.startswith(("avoided", "load")) and not how.load):
-                if name == "energy_measured_joules" and not how.energy:
-                    continue
+        untold = ({*LOADS} if not how.load else set()) | ({"energy_measured_joules"} if not how.energy else set())
+        for name in ADDITIVE:  # shares add up, where a figure can be told apart by this
+            if name in untold:
+                assert all(row.figures[name] is None for row in found.rows)
+            else:
                 assert same(added(found.rows, name), found.total.figures[name]), (by, name)
     # Reports over each run add up to the report over all.
     parts = [made.report(run_id(number)).total for number in range(len(made.runs))]
