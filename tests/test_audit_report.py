@@ -124,11 +124,11 @@ class TestMoney:
         write(store, FIRST, NOON, (), first, BASE)
         write(store, SECOND, NOON + 9, (), second, BASE)
         ledger.sync(store)
-        report = audit(ledger, SECOND, prices=HOURLY, grid=3.6e6)
+        report = audit(ledger, SECOND, prices=HOURLY, grid=3.6e5)
         found = report.total.figures
         assert (found["money_spent"], found["money_reused"], found["money_net"]) == (0.5, 8.0, 8.0)
         assert (found["energy_spent_joules"], found["energy_reused_joules"]) == (50.0, 800.0)
-        assert (found["carbon_spent_grams"], found["energy_measured_joules"]) == (50.0, 7.0)
+        assert (found["carbon_spent_grams"], found["energy_measured_joules"]) == (5.0, 7.0)
         assert (report.currency, report.missing_prices) == ("EUR", [])
         assert audit(ledger, FIRST, prices=HOURLY).total.figures["energy_measured_joules"] is None
         by_device = {row.group: row.figures for row in audit(ledger, by="device", prices=HOURLY).rows}
