@@ -23,13 +23,13 @@ class Busy:
     """The devices that one model computes on.
 
     Args:
-        device: name as its maker prints it. count: how many of them.
+        device: name as its maker prints it. places: which of them, by what the process calls them.
         peak_bytes: asks for the most memory that this process has held on them; None where nobody counts it.
         uuids: of GPUs, as NVML knows them; empty where there is none, or where they have no counter.
     """
 
     device: str
-    count: int = 1
+    places: tuple[str, ...] = ("cpu",)
     peak_bytes: Callable[[], int | None] = field(default=lambda: None, compare=False)
     uuids: tuple[str, ...] = ()
 
@@ -39,7 +39,8 @@ class Used:
     """What this process has used of one kind of devices; see `journal.Measured`.
 
     Args:
-        peak_bytes: the most so far. energy_joules: since this was last asked for.
+        device_count: how many this process has used so far. peak_bytes: the most so far, on one of them.
+        energy_joules: since this was last asked for.
     """
 
     device: str
@@ -54,18 +55,15 @@ class Meter:
     def __init__(self, joules: Callable[[Sequence[str]], float | None] | None = None) -> None:
         self._joules = joules or board_joules
         self._lock = threading.RLock()
-        self._seen: dict[str, Busy] = {}
+        self._seen: set[Busy] = set()
         self._energies: dict[tuple[str, ...], _Energy] = {}
-        self._told: dict[str, int | None] = {}
         self._new: set[str] = set()
 
     @contextlib.contextmanager
     def computing(self, busy: Busy) -> Iterator[None]:
         """Around what is computed on ``busy``. Cost: a microsecond, and now and then a reading of the energy counter."""
         with self._lock:
-            known = self._seen.get(busy.device)
-            if known is None or known.count < busy.count:
-                self._seen[busy.device] = busy
+            self._seen.add(busy)
             self._new.add(busy.device)
             energy = self._energies.setdefault(busy.uuids, _Energy(self._joules, busy)) if busy.uuids else None
             if energy is not None:
@@ -82,11 +80,13 @@ class Meter:
         with self._lock:
             found = []
             for device in sorted(self._new):
-                busy = self._seen[device]
+                seen = [busy for busy in self._seen if busy.device == device]
+                places = {place for busy in seen for place in busy.places}
+                peaks = [peak for busy in seen if (peak := busy.peak_bytes()) is not None]
                 joules = [energy.take() for energy in self._energies.values() if energy.busy.device == device]
                 measured = [one for one in joules if one is not None]
                 energy_joules = sum(measured) if measured and len(measured) == len(joules) else None
-                found.append(Used(device, busy.count, busy.peak_bytes(), energy_joules))
+                found.append(Used(device, len(places), max(peaks, default=None), energy_joules))
             self._new.clear()
             return found
 

@@ -150,6 +150,15 @@ def test_a_run_that_computes_nothing_measures_nothing(model: Path, tmp_path: Pat
     assert Ledger(ledger).query("SELECT count(*) FROM measurements").rows == [(1,)]
 
 
+def test_what_is_computed_uncached_is_measured_too(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    llama = evalcache.wrap(tiny.build("llama"), cache)
+    llama.generate(**tiny.prompts(), max_new_tokens=4, do_sample=False, prefix_allowed_tokens_fn=lambda *_: [5])
+    assert dict(cache.counts.uncacheable) == {"processor": 4}
+    cache.close()
+    assert Ledger(cache.ledger_path).query("SELECT device_count, peak_bytes > 0 FROM measurements").rows == [(1, True)]
+
+
 def test_a_load_is_told_once_with_its_model(model: Path, tmp_path: Path, store_folder: Path) -> None:
     for _ in range(2):
         with evalcache.enable() as session:
@@ -204,7 +213,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     yield now
 
 
-GPUS = Busy("Mock GPU", 2, lambda: 7 << 30, ("GPU-mock-0", "GPU-mock-1"))
+GPUS = Busy("Mock GPU", ("cuda:0", "cuda:1"), lambda: 7 << 30, ("GPU-mock-0", "GPU-mock-1"))
 
 
 def test_energy_is_counted_while_the_boards_compute(boards: MockBoards, clock: SimpleNamespace) -> None:
@@ -222,6 +231,14 @@ def test_energy_is_counted_while_the_boards_compute(boards: MockBoards, clock: S
         boards.joules += 2.0
         clock.s += 1
     assert [one.energy_joules for one in meter.used()] == [2.0]  # since the last time
+
+
+def test_devices_of_several_models_count_once_each() -> None:
+    meter = Meter()
+    for places, peak in ((("cuda:0",), 5), (("cuda:1",), 9), (("cuda:0", "cuda:2"), 7)):
+        with meter.computing(Busy("Mock GPU", places, lambda peak=peak: peak)):
+            pass
+    assert [(one.device_count, one.peak_bytes, one.energy_joules) for one in meter.used()] == [(3, 9, None)]
 
 
 def test_threads_that_compute_at_once_share_the_boards(boards: MockBoards, clock: SimpleNamespace) -> None:
@@ -258,7 +275,7 @@ def test_what_cannot_be_read_is_absent(boards: MockBoards) -> None:
     meter = Meter(boards)
     with meter.computing(GPUS):
         pass
-    with meter.computing(Busy("cpu", 1, lambda: None)):
+    with meter.computing(Busy("cpu", ("cpu",), lambda: None)):
         pass
     assert [(one.device, one.peak_bytes, one.energy_joules) for one in meter.used()] == [
         ("Mock GPU", 7 << 30, None),
@@ -269,7 +286,7 @@ def test_what_cannot_be_read_is_absent(boards: MockBoards) -> None:
 def test_energy_of_boards_reaches_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real run on the processor, which is passed off as two mock GPUs, whose counter is 10 J further at each reading."""
     readings = iter(range(100, 1000, 10))
-    monkeypatch.setattr(timing, "_busy", lambda devices: GPUS)
+    monkeypatch.setattr(timing, "busy", lambda devices: GPUS)
     cache = Cache(tmp_path)
     cache.meter = Meter(lambda uuids: float(next(readings)))
     evalcache.wrap(tiny.build("llama"), cache).generate(**tiny.prompts(), max_new_tokens=4, do_sample=False)

@@ -46,7 +46,7 @@ def measured(model: Any, device: torch.device, meter: Meter | None = None, *, fi
             watch.first_s = time.perf_counter() - began
 
     _synchronize(devices)
-    with contextlib.nullcontext() if meter is None else meter.computing(_busy(devices)):  # which may end the process
+    with contextlib.nullcontext() if meter is None else meter.computing(busy(devices)):  # which may end the process
         if first and type(model).__name__ != "OptimizedModule":  # a hook would make it compile again
             handle = model.register_forward_hook(_first)
         began = time.perf_counter()
@@ -86,6 +86,8 @@ def share(watch: Stopwatch, prompts: Sequence[int], completions: Sequence[int], 
 def devices_of(model: Any, device: torch.device) -> tuple[torch.device, ...]:
     """The devices that compute: where a map has put a model's parts, else the one that is asked."""
     places = getattr(model, "hf_device_map", None)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if not isinstance(places, dict) or device.type != "cuda":
         return (device,)
     # A map names a GPU by its number, too. Parts on the host or on disk come to the others when their turn is there.
@@ -94,15 +96,17 @@ def devices_of(model: Any, device: torch.device) -> tuple[torch.device, ...]:
 
 
 @functools.cache
-def _busy(devices: tuple[torch.device, ...]) -> Busy:
+def busy(devices: tuple[torch.device, ...]) -> Busy:
+    """These devices as a `Meter` knows them."""
     kind = devices[0].type
     if kind == "cpu":
-        return Busy(device_name(kind), 1, process_peak_bytes)
+        return Busy(device_name(kind), (kind,), process_peak_bytes)
+    places = tuple(str(one) for one in devices)
     if kind != "cuda":
-        return Busy(device_name(kind), len(devices))
+        return Busy(device_name(kind), places)
     uuids = [getattr(torch.cuda.get_device_properties(one), "uuid", None) for one in devices]
     known = () if None in uuids else tuple(f"GPU-{uuid}" for uuid in uuids)
-    return Busy(device_name(kind), len(devices), lambda: max(map(torch.cuda.max_memory_allocated, devices)), known)
+    return Busy(device_name(kind), places, lambda: max(map(torch.cuda.max_memory_allocated, devices)), known)
 
 
 def _synchronize(devices: Sequence[torch.device]) -> None:

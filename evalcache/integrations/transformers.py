@@ -28,7 +28,7 @@ from evalcache.integrations import generation, lazy, loading, loading_adapters, 
 from evalcache.integrations.enginelogs import Told, buffered_logs
 from evalcache.integrations.generation import Call, Traits
 from evalcache.integrations.probe import probe
-from evalcache.integrations.timing import measured, share
+from evalcache.integrations.timing import busy, measured, share
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Environment, Policy, Result
 from evalcache.watch import Watch
@@ -236,10 +236,12 @@ class Seam:
     def _untouched(
         self, error: UncacheableError, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        began = time.perf_counter()
-        output = original(*args, **kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        rows = int(ids.shape[0]) if isinstance(ids, torch.Tensor) and ids.dim() else 1
+        known = isinstance(ids, torch.Tensor)
+        began = time.perf_counter()
+        with self.cache.meter.computing(busy((ids.device,))) if known else contextlib.nullcontext():
+            output = original(*args, **kwargs)
+        rows = int(ids.shape[0]) if known and ids.dim() else 1
         self.cache.uncacheable(error.reason, error.detail, requests=rows, seconds=time.perf_counter() - began, client=CLIENT)
         return output
 
