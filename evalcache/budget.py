@@ -8,6 +8,7 @@ processes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -165,7 +166,7 @@ class BudgetMeter(Meter):
         if not self._budget.currency:
             return
         try:
-            self._rate = self._budget.per_second(self._prices, busy.device, busy.count)
+            self._rate = self._budget.per_second(self._prices, busy.device, len(busy.places))
         except BudgetError as error:
             self.ended_with = BudgetError.exit_code
             self._stop(f"{error.message}: nothing more is computed ({error.hint})", BudgetError.exit_code)
@@ -219,7 +220,14 @@ def budget_environment(text: str, prices: Sequence[str], files: Sequence[str]) -
     read_prices(prices, files)
     number, path = tempfile.mkstemp(prefix="evalcache-budget-")
     os.close(number)
-    told = {"budget": text, "prices": list(prices), "files": [os.path.abspath(file) for file in files], "path": path}
+    # This process becomes the command: where that is a Python with evalcache in it, it takes the file away at its end.
+    told = {
+        "owner": os.getpid(),
+        "budget": text,
+        "prices": list(prices),
+        "files": [os.path.abspath(file) for file in files],
+        "path": path,
+    }
     return {"EVALCACHE_BUDGET": json.dumps(told)}
 
 
@@ -231,4 +239,12 @@ def open_with_budget(told: str, *args: Any, **kwargs: Any) -> BudgetCache:
 
     found = json.loads(told)
     prices = read_prices(found["prices"], found["files"])
-    return BudgetCache(*args, budget=Budget.parse(found["budget"]), prices=prices, path=found["path"], **kwargs)
+    cache = BudgetCache(*args, budget=Budget.parse(found["budget"]), prices=prices, path=found["path"], **kwargs)
+    if found["owner"] == os.getpid():
+        atexit.register(_forget, found["path"])
+    return cache
+
+
+def _forget(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -297,24 +297,30 @@ def test_a_plain_script_cannot_be_planned_and_has_a_budget_all_the_same(here: He
     done = cli(store_folder, "run", "--budget", "0.0001s", "--", sys.executable, script, here.model)
     assert (done.returncode, done.stdout) == (BUDGET_EXIT_CODE, "asks\n"), done.stderr
     assert "no plan:" in done.stderr and "the budget of 0.0001 s is spent" in done.stderr
-    done = cli(store_folder, "run", "--budget", "2h", "--", sys.executable, script, here.model)
-    assert (done.returncode, done.stdout) == (0, "asks\nscores\n"), done.stderr
 
 
-def test_the_command_that_people_type(here: Here, store_folder: Path) -> None:
+def harness_command(here: Here) -> list[Any]:
     program = str(Path(sys.executable).parent / "lm_eval")
-    command = [
+    return [
         *(program, "run", "--model", "hf", "--model_args", f"pretrained={here.model},dtype=float32", "--device", "cpu"),
         *("--batch_size", "4", "--tasks", "tiny_mc,tiny_gen", "--include_path", here.tasks),
     ]
+
+
+def test_the_command_that_people_type(here: Here, store_folder: Path) -> None:
+    command = harness_command(here)
     done = cli(store_folder, "plan", "--json", "--", *command)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["hits"], found["runs"], found["estimated"], found["not_estimated"]) == (0, 40, None, 40)
-    device = found["parts"][0]["device"]
     done = cli(store_folder, "run", "--budget", "20EUR", "--", *command)
     assert done.returncode == 2 and "has no price in EUR" in done.stderr and "Running loglikelihood requests" not in done.stdout
-    done = cli(store_folder, "run", "--budget", "20EUR", "--price", f"{device}=1 EUR", "--", *command)
+
+
+@pytest.mark.campaign
+def test_a_budget_that_suffices_changes_nothing(here: Here, store_folder: Path) -> None:
+    command = harness_command(here)
+    done = cli(store_folder, "run", "--budget", "20EUR", "--price", "*=1 EUR", "--", *command)
     assert done.returncode == 0, done.stderr
     done = cli(store_folder, "plan", "--", *command)
     assert done.returncode == 0 and "plan: 40 hit, 0 run" in done.stdout
@@ -366,10 +372,10 @@ def test_money_is_seconds_times_devices_times_the_price(tmp_path: Path) -> None:
     ours = [0.0]
     meter = BudgetMeter(Budget(1, "EUR"), read_prices(["GPU=360 EUR"]), None, lambda: ours[0], end)
     meter.spend(3.0)
-    with meter.computing(Busy("GPU", 2)):
+    with meter.computing(Busy("GPU", ("cuda:0", "cuda:1"))):
         ours[0] += 4.0
     assert meter.spent() == pytest.approx(7 * 2 * 360 / 3600, rel=0.01)  # what came before the price was known counts, too
-    with pytest.raises(Ended), meter.computing(Busy("GPU", 2)):
+    with pytest.raises(Ended), meter.computing(Busy("GPU", ("cuda:0", "cuda:1"))):
         raise AssertionError("a batch was begun")
     meter = BudgetMeter(Budget(1, "EUR"), read_prices(["GPU=360 USD"]), None, lambda: 0.0, end)
     with pytest.raises(Ended), meter.computing(Busy("GPU")):
