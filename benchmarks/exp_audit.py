@@ -22,7 +22,7 @@ from harness import Report, arguments, hardware, hardware_line
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-NEW_TOKENS = 64
+NEW_TOKENS = 128
 TASKS = {
     "docs_choice": {
         "output_type": "multiple_choice",
