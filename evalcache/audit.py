@@ -128,17 +128,22 @@ class _By:
     """How one grouping is asked.
 
     Args:
-        request: SQL over ``audit_requests`` r. run: over a run's row (run, client, started_at), for loads and energy, which
-            belong to no single request; empty where they cannot be told apart by it, so that their figures are null.
-        about: a query (group, name) for what a person calls a group.
+        request: SQL over ``audit_requests`` r.
+        load, energy: over ``audit_loads`` or ``run_devices`` r and a run's row s; empty where these cannot be told apart by it,
+            so that their figures are null.
+        about: a query (group, name) for what a person calls a group. tags: whether each run's tags t are needed.
     """
 
     request: str
-    run: str = ""
     load: str = ""
     energy: str = ""
     about: str = ""
     tags: bool = False
+
+    @property
+    def most_first(self) -> bool:
+        """Whether the groups have no order of their own."""
+        return self.request != "r.run" and "asked_at" not in self.request
 
 
 _NAMES = "SELECT model, string_agg(DISTINCT name, ', ' ORDER BY name) FROM model_names GROUP BY model"
@@ -250,9 +255,9 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
         )
 
     found = sums(by.request, tags)
-    if by.request == "r.run":  # those that asked nothing, too
-        for (name,) in ask("SELECT run FROM chosen ORDER BY started_at, run").rows:
-            found.setdefault(name, [])
+    if by.request == "r.run":  # the latest first, and those that asked nothing, too
+        latest = ask("SELECT run FROM chosen ORDER BY started_at DESC NULLS LAST, run").rows
+        found = {name: found.get(name, []) for (name,) in latest}
     once = first(by.request.replace("coalesce(r.device, r.run_device)", "r.device"), tags)
     loaded = loads(by.load) if by.load else None
     joules = energy(by.energy) if by.energy else None
@@ -273,6 +278,8 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
         )
         for group, subrows in found.items()
     ]
+    if by.most_first:
+        rows.sort(key=lambda row: -(row.figures["spent_seconds"] + row.figures["reused_seconds"]))
     every = [subrow for subrows in found.values() for subrow in subrows] if not by.tags else sums("''", "").get("", [])
     total = counted.figures(
         every,

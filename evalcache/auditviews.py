@@ -56,26 +56,29 @@ WITH asked AS NOT MATERIALIZED (
 ), used AS (
     SELECT run, arg_max(device, (device_count, device)) AS device FROM run_devices GROUP BY run
 ), each AS (
-    SELECT run, count(*) AS requests,
-        coalesce(any_value(used.device), max(asked.device) FILTER (outcome = 'miss')) AS computed_on,
-        max(asked.device) FILTER (outcome = 'hit') AS hit_on
-    FROM asked LEFT JOIN used USING (run) GROUP BY run
+    SELECT run, computed_on, run_device, coalesce(d.device_count, 1) AS run_device_count,
+        coalesce(own.seconds, 0) / requests AS overhead_seconds, coalesce(own.verification, 0) / requests AS verification_seconds
+    FROM (
+        SELECT run, requests, coalesce(used.device, miss_on) AS computed_on, coalesce(used.device, miss_on, hit_on) AS run_device
+        FROM (
+            SELECT run, count(*) AS requests, max(device) FILTER (outcome = 'miss') AS miss_on,
+                max(device) FILTER (outcome = 'hit') AS hit_on
+            FROM asked GROUP BY run
+        ) LEFT JOIN used USING (run)
+    ) a LEFT JOIN own USING (run) LEFT JOIN run_devices d ON d.run = a.run AND d.device = a.run_device
 ), here AS (
     SELECT DISTINCT run FROM runs
 ), told AS (
-    SELECT a.* EXCLUDE (device), each.requests, coalesce(each.computed_on, each.hit_on) AS run_device,
+    SELECT a.* EXCLUDE (device), each.* EXCLUDE (run, computed_on),
         CASE WHEN outcome IN ('hit', 'duplicate') THEN a.device ELSE coalesce(a.device, each.computed_on) END AS device,
         CASE WHEN outcome = 'duplicate' OR reason = 'own' THEN 'duplicate' WHEN outcome <> 'hit' THEN 'spent'
             WHEN origin IS NOT NULL AND here.run IS NULL THEN 'imported' ELSE 'credited' END AS line
     FROM asked a JOIN each USING (run) LEFT JOIN here ON here.run = a.origin
 )
 SELECT t.run, t.asked_at, t.client, t.role, t.task, t.document, t.model, t.key, t.outcome, t.line, t.reason, t.detail, t.origin,
-    t.seconds, t.device, coalesce(d.device_count, 1) AS device_count,
-    coalesce(own.seconds, 0) / t.requests AS overhead_seconds, coalesce(own.verification, 0) / t.requests AS verification_seconds,
-    t.run_device, coalesce(r.device_count, 1) AS run_device_count
-FROM told t LEFT JOIN own USING (run)
-LEFT JOIN run_devices d ON d.run = CASE t.outcome WHEN 'hit' THEN t.origin ELSE t.run END AND d.device = t.device
-LEFT JOIN run_devices r ON r.run = t.run AND r.device = t.run_device
+    t.seconds, t.device, coalesce(d.device_count, 1) AS device_count, t.overhead_seconds, t.verification_seconds,
+    t.run_device, t.run_device_count
+FROM told t LEFT JOIN run_devices d ON d.run = CASE t.outcome WHEN 'hit' THEN t.origin ELSE t.run END AND d.device = t.device
 UNION ALL
 SELECT own.run, s.started_at, s.client, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1,
     own.seconds, own.verification, used.device, coalesce(r.device_count, 1)

@@ -103,7 +103,9 @@ def _price(told: Mapping[str, Any], where: str) -> Price:
     known = {field.name for field in dataclasses.fields(Price)}
     if unknown := sorted(set(told) - known):
         raise PriceError(f"{where}: unknown field {unknown[0]!r}", hint=f"known: {', '.join(sorted(known))}", found=unknown[0])
-    text: dict[str, Any] = {name: value.isoformat() if isinstance(value, datetime.date) else value for name, value in told.items()}
+    text: dict[str, Any] = {
+        name: value.isoformat() if isinstance(value, datetime.date) else value for name, value in told.items()
+    }
     for name in ("device", "per_hour", "currency"):
         if name not in text:
             raise PriceError(f"{where}: a price without {name}", found=dict(told))

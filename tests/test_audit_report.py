@@ -346,9 +346,9 @@ class TestCommandLine:
 
     def test_csv_is_a_table(self, ask: Any) -> None:
         rows = list(csv.DictReader(io.StringIO(ask("audit", "--csv", "--by", "run"))))
-        assert [row["run"] for row in rows] == [FIRST, SECOND, "total"]
-        assert [float(row["spent_seconds"]) for row in rows] == [7.0, 6.0, 13.0]
-        assert rows[0]["money_spent"] == ""  # nobody knows
+        assert [row["run"] for row in rows] == [SECOND, FIRST, "total"]
+        assert [float(row["spent_seconds"]) for row in rows] == [6.0, 7.0, 13.0]
+        assert rows[1]["money_spent"] == ""  # nobody knows
 
     def test_text_and_markdown_say_which_price_is_missing(self, ask: Any) -> None:
         text, markdown = ask("audit"), ask("audit", "--md")
