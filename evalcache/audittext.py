@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from evalcache.figures import FIGURES, Report, Row
+from evalcache.figures import FIGURES, UNKNOWN_DEVICE, Report, Row
 from evalcache.printing import print_fields, print_table, said, visible
 from evalcache.summary import format_seconds
 
@@ -168,7 +168,9 @@ def _texts(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def _notes(report: Report, meanings: bool = True) -> list[str]:
     notes = []
     for device in report.missing_prices:
-        notes.append(f"no price for {device}: its money is not known; --price '{device}=AMOUNT CURRENCY' names one")
+        known = device != UNKNOWN_DEVICE
+        how = f"--price '{device}=AMOUNT CURRENCY' names one" if known else "nobody told where those seconds were measured"
+        notes.append(f"no price for {device}: its money is not known; {how}")
     if not report.missing_prices and report.currency is None and report.prices:
         notes.append("prices are in several currencies, which have no sum")
     for device in sorted(set(report.missing_watts) - set(report.missing_prices)):

@@ -57,6 +57,7 @@ FIGURES: Mapping[str, Figure] = {
     "carbon_spent_grams": Figure("g", _R, "energy_spent_joules times the grid factor that was named"),
     "carbon_reused_grams": Figure("g", _R, "energy_reused_joules times the grid factor that was named"),
 }
+UNKNOWN_DEVICE = "(unknown device)"
 MEASURED_BOUNDARY = "the device's board, by its own meter (NVML), while it computed; no host, no cooling (PUE)"
 
 _COUNTS = ("requests", "hits", "own_hits", "imported_hits", "misses", "uncacheable", "duplicates", "unmeasured_hits")
@@ -211,7 +212,7 @@ class Counted:
         for device, count, seconds in parts:
             price = self._price(device) if seconds else None
             if seconds and price is None:
-                self.missing_prices.add(device or "(unknown device)")
+                self.missing_prices.add(device or UNKNOWN_DEVICE)
                 total = None
             elif price is not None:
                 self.used[price] = None
@@ -223,7 +224,7 @@ class Counted:
         for device, count, seconds in parts:
             price = self._price(device) if seconds else None
             if seconds and (price is None or price.watts is None):
-                self.missing_watts.add(device or "(unknown device)")
+                self.missing_watts.add(device or UNKNOWN_DEVICE)
                 total = None
             elif price is not None and price.watts is not None:
                 self.used[price] = None
