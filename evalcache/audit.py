@@ -222,9 +222,9 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
     devices = "device, device_count, run_device, run_device_count"
     only = "TRUE" if run is None else f"r.run = {quoted(run)}"  # the join alone would have the views read all
 
-    def sums(group: str, joined: str) -> dict[str | None, list[dict[str, Any]]]:
+    def sums(group: str) -> dict[str | None, list[dict[str, Any]]]:
         table = ask(
-            f"SELECT {group} AS grp, {devices}, {_SUMS} FROM audit_requests r SEMI JOIN chosen USING (run) {joined} "
+            f"SELECT {group} AS grp, {devices}, {_SUMS} FROM audit_requests r SEMI JOIN chosen USING (run) "
             f"WHERE {only} GROUP BY ALL ORDER BY ALL"
         )
         found: dict[str | None, list[dict[str, Any]]] = {}
@@ -254,8 +254,13 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
             f"{tags if 't.' in group else ''} GROUP BY grp"
         )
 
-    found = sums(by.request, tags)
-    if by.request == "r.run":  # the latest first, and those that asked nothing, too
+    found = sums("r.run" if by.tags else by.request)
+    every = [subrow for subrows in found.values() for subrow in subrows]
+    if by.tags:
+        of_run, found = found, {}
+        for name, tag in ask(f"SELECT run, t.tag FROM chosen {tags} ORDER BY t.tag, run").rows:
+            found.setdefault(tag, []).extend(of_run.get(name, []))
+    elif by.request == "r.run":  # the latest first, and those that asked nothing, too
         latest = ask("SELECT run FROM chosen ORDER BY started_at DESC NULLS LAST, run").rows
         found = {name: found.get(name, []) for (name,) in latest}
     once = first(by.request.replace("coalesce(r.device, r.run_device)", "r.device"), tags)
@@ -280,7 +285,6 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
     ]
     if by.most_first:
         rows.sort(key=lambda row: -(row.figures["spent_seconds"] + row.figures["reused_seconds"]))
-    every = [subrow for subrows in found.values() for subrow in subrows] if not by.tags else sums("''", "").get("", [])
     total = counted.figures(
         every,
         (first("''", "").get("") or (0.0,))[0] or 0.0,

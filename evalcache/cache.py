@@ -96,14 +96,16 @@ class Cache:
         self.run_id = run or uuid.uuid4().hex
         self.counts = Counts()
         self.meter = Meter()
-        self.client = ("", "")
+        self.clients: dict[str, str] = {}
+        """Eval clients that are held on to in this process, with their versions."""
+        self._client = ""  # the one of them that asked first
         # Everything in here is somebody's prompts and answers: nobody else's to read.
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.store = Store(self.directory / "store")
         self.ledger_path = self.directory / "ledger.duckdb"
         self._lock = threading.RLock()
         self._outbox = Outbox(
-            self.store, self.run_id, self.counts, lambda: describe_run(self.run_id, self.policy, self.match, *self.client),
+            self.store, self.run_id, self.counts, self._describe,
             writes=self.policy is not Policy.READ_ONLY,
         )  # fmt: skip
         self._watches: list[Watch] = []
@@ -185,6 +187,7 @@ class Cache:
         What was put is kept although the block raises.
         """
         looked_at = time.time()
+        self._asks(client)
 
         def hand_over(made: list[Made], now: bool) -> None:
             if self.policy.writes:
@@ -216,6 +219,7 @@ class Cache:
         self, reason: str, detail: str = "", *, requests: int = 1, seconds: float | None = None, client: str = ""
     ) -> None:
         """Count requests that ran as if evalcache were not there, with the reason."""
+        self._asks(client)
         with self._lock:
             self.counts.uncacheable[reason] += requests
             if seconds is not None:
@@ -368,6 +372,14 @@ class Cache:
         except StoreError as error:
             self._outbox.give_up(error)
             return {}
+
+    def _asks(self, client: str) -> None:
+        if client in self.clients and not self._client:
+            self._client = client
+
+    def _describe(self) -> Event:
+        name = self._client or (next(iter(self.clients)) if len(self.clients) == 1 else "")
+        return describe_run(self.run_id, self.policy, self.match, name, self.clients.get(name, ""))
 
     def _leases(self) -> Leases | None:
         """The leases of a process that may leave work to others, and whose own work is of use to them."""

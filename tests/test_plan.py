@@ -100,6 +100,8 @@ def planned(store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         before = Store(store_folder / "store").stats()
         with monkeypatch.context() as patch:
             patch.setenv("EVALCACHE_PLAN", str(folder))
+            # Other clients may be there already, for other tests; in a process of its own each would end the plan.
+            patch.setattr(sessions, "CLIENTS", {"lm_eval": sessions.CLIENTS["lm_eval"]})
             alive = len(parameters())
             session = evalcache.enable(store_folder, policy=policy)
             try:
@@ -253,6 +255,7 @@ def test_what_cannot_be_planned_ends_with_its_reason(
     here: Here, store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Any, reason: str
 ) -> None:
     monkeypatch.setenv("EVALCACHE_PLAN", str(tmp_path))
+    monkeypatch.setattr(sessions, "CLIENTS", {"lm_eval": sessions.CLIENTS["lm_eval"]})  # as above
     session = evalcache.enable(store_folder)
     try:
         with pytest.raises(SystemExit):

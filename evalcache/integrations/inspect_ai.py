@@ -124,7 +124,7 @@ class Adapter:
 
     def __init__(self, cache: Cache, only: weakref.WeakSet[Any] | None = None) -> None:
         self.cache = cache
-        self.cache.client = (CLIENT, version_of_client(INSPECT_AI))
+        self.cache.clients[CLIENT] = version_of_client(INSPECT_AI)
         self._only = only
         self._own = Seam(cache)
         self._waiting: queue.SimpleQueue[Asked] = queue.SimpleQueue()

@@ -102,7 +102,7 @@ class Adapter:
 
     def __init__(self, cache: Cache, module: Any) -> None:
         self.cache = cache
-        self.cache.client = (CLIENT, version_of_client(LIGHTEVAL))
+        self.cache.clients[CLIENT] = version_of_client(LIGHTEVAL)
         self._module = module
         self._generations = Generations(cache, CLIENT, module)
 

@@ -113,7 +113,7 @@ class Adapter:
 
     def __init__(self, cache: Cache, hflm: type) -> None:
         self.cache = cache
-        self.cache.client = (CLIENT, version_of_client(LM_EVAL))
+        self.cache.clients[CLIENT] = version_of_client(LM_EVAL)
         self._hflm = hflm
         self._state = threading.local()
         self._generations = Generations(cache, CLIENT)
