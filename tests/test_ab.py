@@ -61,7 +61,8 @@ def test_a_cold_run_fills_the_store_and_is_followed_by_a_warm_one(script: Path, 
     assert done.stderr.count("said on stderr") == 1 and "ratio" in done.stderr
     claim = found["claim"]
     assert (claim["hits"], claim["misses"], claim["duplicates"]) == (60, 0, 20)
-    assert claim["credited_seconds"] >= 60 * 0.08 and claim["duplicate_seconds"] >= 20 * 0.08
+    # Shared by the length of the answers, of which the repeated one is among the shortest.
+    assert claim["credited_seconds"] >= 60 * 0.08 and claim["duplicate_seconds"] >= 20 * 0.06
     assert found["claimed_seconds"] == pytest.approx(
         claim["credited_seconds"] + claim["duplicate_seconds"] + claim["avoided_load_seconds"] - claim["overhead_seconds"]
     )
