@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Ran:
         return self.told["overhead_seconds"]
 
 
-class Client:
+class Client(ABC):
     """An eval client and its documents for one tiny model. What differs from client to client: `command` and `answers`."""
 
     name = ""
@@ -66,13 +67,13 @@ class Client:
         self.documents = documents
         self.model = make_model(folder / "model", hidden_size=256, intermediate_size=768, num_hidden_layers=6)
 
+    @abstractmethod
     def command(self, ask: Ask) -> list[str]:
         """As it is typed, in the client's folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self, ask: Ask) -> dict[str, list[Any]]:
         """What it wrote: an answer for each document, by task."""
-        raise NotImplementedError
 
     def environment(self, ask: Ask) -> dict[str, str]:
         """What its environment has beside ours."""
@@ -102,7 +103,7 @@ class Client:
         told = told_of(environment) if ask.store else {}
         return Ran(wall_s, used.ru_utime + used.ru_stime, self.answers(ask), opened.count(), told)
 
-    def converse(self, ask: Ask, process: subprocess.Popen[bytes]) -> None:
+    def converse(self, ask: Ask, process: subprocess.Popen[bytes]) -> None:  # noqa: B027  most clients ask by themselves
         """What there is to do until the process ends."""
 
     def edit(self) -> None:
