@@ -160,7 +160,7 @@ def test_rows_that_wait_for_a_ledger_are_counted(tmp_path, monkeypatch):
 
 def test_a_client_whose_seam_has_moved_and_one_of_another_version(tmp_path, monkeypatch):
     if LM_EVAL.folder() is None:
-        pytest.skip("needs lm_eval")
+        pytest.skip("needs lm_eval (llm-evalcache[lm-eval])")
     assert doctor._client(LM_EVAL).state in ("ok", "note")
     moved = type(LM_EVAL)(LM_EVAL.name, LM_EVAL.distribution, LM_EVAL.tested, {"models/huggingface.py": {"HFLM.gone": "self"}})
     found = doctor._client(moved)

@@ -25,7 +25,7 @@ import evalcache
 from evalcache.code import ORIGINAL
 from evalcache.integrations.clients import INSPECT_AI, version_of_client
 
-inspect_ai = pytest.importorskip("inspect_ai")
+inspect_ai = pytest.importorskip("inspect_ai", reason="needs inspect_ai (llm-evalcache[inspect])")
 
 import inspect_ai.model._providers.hf as hf  # noqa: E402
 from inspect_ai import Task  # noqa: E402

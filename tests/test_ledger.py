@@ -779,7 +779,7 @@ def test_tokens_of_many_lengths_stay_in_order(pair: tuple[Store, Ledger]) -> Non
 
 def test_questions_and_syncs_do_not_import_pandas(tmp_path: Path) -> None:
     """DuckDB does, for each value that is bound: half a second, where somebody has it installed."""
-    pytest.importorskip("pandas")
+    pytest.importorskip("pandas", reason="needs pandas (comes with llm-evalcache[lm-eval])")
     code = """
 import sys
 from evalcache.cache import Cache

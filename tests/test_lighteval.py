@@ -25,7 +25,7 @@ from harness_tasks import TEXTS, make_model, make_tasks
 import evalcache
 from evalcache.integrations.clients import LIGHTEVAL, version_of_client
 
-pytest.importorskip("lighteval")
+pytest.importorskip("lighteval", reason="needs lighteval (llm-evalcache[lighteval])")
 
 from lighteval.models.model_input import GenerationParameters
 from lighteval.models.transformers import transformers_model
@@ -191,7 +191,7 @@ def test_single_documents_and_none(model: Path, store_folder: Path) -> None:
 
 
 def test_lm_eval_shares_its_entries(model: Path, store_folder: Path) -> None:
-    HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm_eval (llm-evalcache[lm-eval])").HFLM
     docs = choices()
     with cached(store_folder) as told:
         lm = load(model)

@@ -27,7 +27,7 @@ from evalcache.code import ORIGINAL
 from evalcache.integrations.clients import LM_EVAL
 from evalcache.store import Store
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402

@@ -15,7 +15,7 @@ from harness_tasks import make_model, make_tasks
 from evalcache.audit import summarise
 from evalcache.ledger import Ledger
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
 
 BIN = Path(sys.executable).parent
 TASKS = ("tiny_mc", "tiny_gen")

@@ -177,7 +177,9 @@ def differences(left: Any, right: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {left!r} and {right!r}"
 
 
-needs_clients = pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs all clients")
+needs_clients = pytest.mark.skipif(
+    any(find_spec(name) is None for name in NEEDED), reason="needs all clients (llm-evalcache[test])"
+)
 
 
 # --- the table, as it must be -------------------------------------------------------------------------------------------------

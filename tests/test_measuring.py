@@ -63,7 +63,7 @@ def ask_scoring(model: Path, _: Path) -> None:
 
 
 def ask_lm_eval(model: Path, folder: Path) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=str(make_tasks(folder / "tasks", documents=3)), include_defaults=False)
@@ -74,7 +74,7 @@ def ask_lm_eval(model: Path, folder: Path) -> None:
 
 
 def ask_inspect_ai(model: Path, folder: Path) -> None:
-    inspect_ai = pytest.importorskip("inspect_ai")
+    inspect_ai = pytest.importorskip("inspect_ai", reason="needs inspect_ai (llm-evalcache[inspect])")
     from inspect_ai.dataset import Sample
     from inspect_ai.model import GenerateConfig, get_model
     from inspect_ai.scorer import includes
@@ -89,7 +89,7 @@ def ask_inspect_ai(model: Path, folder: Path) -> None:
 
 
 def ask_lighteval(model: Path, _: Path) -> None:
-    pytest.importorskip("lighteval")
+    pytest.importorskip("lighteval", reason="needs lighteval (llm-evalcache[lighteval])")
     from lighteval.models.transformers.transformers_model import TransformersModel, TransformersModelConfig
     from lighteval.tasks.requests import Doc
 

@@ -25,7 +25,8 @@ from evalcache.ledger import Ledger
 from evalcache.store import Store
 
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("uvicorn", "fastapi", "openai")), reason="needs what serve needs"
+    any(importlib.util.find_spec(name) is None for name in ("uvicorn", "fastapi", "openai")),
+    reason="needs a server and who asks it (llm-evalcache[test])",
 )
 
 ASKED = [{"role": "user", "content": "what is the answer to the first question"}]

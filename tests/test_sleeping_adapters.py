@@ -730,7 +730,7 @@ def test_a_base_without_all_of_its_weights_is_never_promised(base, adapter, run)
 
 
 def torchao():
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="needs torchao (llm-evalcache[test])")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -738,14 +738,14 @@ def torchao():
 
 
 def quanto(weights):
-    pytest.importorskip("optimum.quanto")
+    pytest.importorskip("optimum.quanto", reason="needs optimum.quanto (llm-evalcache[test])")
     from transformers import QuantoConfig
 
     return QuantoConfig(weights=weights)
 
 
 def bitsandbytes(**more):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (llm-evalcache[test])")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**more)
@@ -822,7 +822,7 @@ def test_an_adapter_on_a_quantised_base(base, adapter, run):
 
 def test_lm_eval_with_an_adapter_reads_no_weights(tmp_path, store_folder, monkeypatch):
     """The harness cuts the vocabulary to its tokenizer's, and then loads the adapter."""
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
     from harness_tasks import make_model, make_tasks
     from lm_eval.tasks import TaskManager
 
