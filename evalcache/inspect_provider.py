@@ -14,12 +14,12 @@ from inspect_ai.model import modelapi
 @modelapi(name="evalcache")
 def evalcache() -> Any:
     """The provider's class."""
-    from evalcache import session
     from evalcache.integrations.inspect_ai import install
     from evalcache.integrations.inspect_ai_provider import make_provider
+    from evalcache.session import current, session_cache
 
-    cache = session.session_cache()
-    held = session.current()
+    cache = session_cache()
+    held = current()
     if cache is not None and held is not None and "inspect_ai" not in held._clients:
         held._clients.append("inspect_ai")  # so that it lets go of inspect_ai when it ends
     return make_provider(cache, install)

@@ -135,10 +135,7 @@ def imports_of(source: Path, *, at_run_time: bool = False) -> Iterator[tuple[int
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source.name}:{node.lineno}: relative import; write the whole name"
             assert node.module is not None
-            if node.module in (
-                "evalcache",
-                "evalcache.integrations",
-            ):  # `from evalcache import store` imports a module, if not a name
+            if node.module == "evalcache.integrations":  # `from evalcache.integrations import generation` imports a module
                 yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
             else:
                 yield node.lineno, node.module
