@@ -100,6 +100,10 @@ class PlanError(EvalCacheError):
     """No plan can be made of a command: its requests are not known before it runs."""
 
 
+class ReportError(EvalCacheError):
+    """The page of a report cannot be made: what draws it is not installed."""
+
+
 class BudgetError(EvalCacheError):
     """A budget is none, or its price is not known. Fields: ``found``."""
 

@@ -69,15 +69,18 @@ LEVELS = {
     "ledger": 4,
     "cache": 5,
     "figures": 3,  # of an audit
+    "differences": 5,  # in what two things differ
     "misses": 5.1,  # why a run missed
     "audit": 5.2,
     "audittext": 5.5,  # its report as text
+    "report": 5.8,  # its report as a page
     "summary": 5,
     "names": 5,  # what a person types → the model or key that is meant
     "verification": 5,
     "entryview": 5,
     "planning": 5.5,  # a cache that only looks up
     "budget": 5.5,  # a cache whose run ends when its budget is spent
+    "estimates": 5,  # what requests should take
     "plan": 7.5,  # what a command would ask
     "asked": 5.5,  # requests of an eval loop of one's own
     "compute": 6.5,  # the function that answers them
@@ -92,6 +95,7 @@ LEVELS = {
     "_site": 8,  # what a launched interpreter starts with
     "cli_options": 7.8,  # what verbs have in common
     "cli_reports": 7.9,  # verbs about what was saved
+    "cli_pages": 7.9,  # verbs that make a page of it
     "cli": 8,
     "__main__": 9,
     "__init__": 9,
@@ -100,12 +104,14 @@ LEVELS = {
 # Third-party package → the modules that import it: one door each.
 DOORS = {
     "cbor2": {"canonical"},
-    "click": {"cli", "cli_options", "cli_reports"},
+    "click": {"cli", "cli_options", "cli_pages", "cli_reports"},
     "diskcache": {"rows"},
     "duckdb": {"ledger"},
+    "jinja2": {"report"},
     "pynvml": {"measuring"},
     "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "weights", "wrappers"},
     "transformers": {"environment", "integrations"},
+    "vl_convert": {"report"},
     "xxhash": {"digest"},
     "zstandard": {"frame"},
 }
