@@ -78,7 +78,7 @@ def explain(left: str, right: str, directory: str | None, as_json: bool) -> None
 
     That is why the one could not answer for the other.
     """
-    from evalcache.misses import explain_keys
+    from evalcache.differences import explain_keys
     from evalcache.names import find_key
     from evalcache.printing import print_json, visible
 

@@ -6,67 +6,15 @@ The causes are those of the view `misses_explained`; here they get their details
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from evalcache.canonical import decode
-from evalcache.digest import Digest
-from evalcache.errors import CanonicalError, UnknownNameError
+from evalcache.differences import compare_fields, find_nearest_model, read_fields, read_manifest, say_differences
 from evalcache.ledger import Ask, Ledger
-from evalcache.manifest import Manifest, ManifestDiff
+from evalcache.manifest import Manifest
 from evalcache.names import find_run
-from evalcache.records import unpack_tokens
 from evalcache.schema import quoted
-from evalcache.store import Store
 
-_MODULES = "model.modules"
-_MOST_FIELDS = 4  # differing fields that are named in one sentence
 _MOST_TOKENS = 24  # of a prompt, side by side
-_MOST_MODELS = 50  # elder models that are compared with a new one, the latest first
-
-
-class Difference(NamedTuple):
-    """One keyed field in which two entries differ; None where a side does not have it."""
-
-    field: str
-    left: Any
-    right: Any
-
-    def __str__(self) -> str:
-        if self.field == _MODULES:  # one sentence about both sides
-            return f"{self.field}: {self.right}"
-        return f"{self.field}: {_said(self.left)} → {_said(self.right)}"
-
-
-def explain_keys(store: Store, left: Digest, right: Digest) -> list[Difference]:
-    """In which keyed fields two stored entries differ; an empty list where the keys are equal.
-
-    Raises:
-        UnknownNameError: there is no good entry under one of the keys.
-    """
-    one, other = (_question(store, key) for key in (left, right))
-    found = []
-    if one.kind != other.kind:
-        found.append(Difference("kind", one.kind, other.kind))
-    if one.model != other.model:
-        found.append(Difference("model", one.model.hex, other.model.hex))
-        manifests = [_manifest(store.get_object(f"model/{root.hex}")) for root in (one.model, other.model)]
-        if manifests[0] and manifests[1]:
-            found.append(Difference(_MODULES, None, str(manifests[0].diff(manifests[1]))))
-    for name in ("settings", "environment"):
-        digests = (getattr(one, name), getattr(other, name))
-        if digests[0] != digests[1]:
-            fields = [_fields(store.get_object(f"fields/{digest.hex}")) for digest in digests]
-            if fields[0] is None or fields[1] is None:
-                found.append(Difference(name, digests[0].hex, digests[1].hex))
-            else:
-                found.extend(_walk(name, fields[0], fields[1]))
-    found.extend(_compare_tokens(unpack_tokens(one.tokens), unpack_tokens(other.tokens)))
-    found.extend(_walk("inputs", dict(one.inputs), dict(other.inputs)))
-    if not found and left != right:
-        found.append(Difference("key version", left.hex, right.hex))
-    return found
 
 
 def explain_misses(ledger: Ledger, run: str = "last") -> list[str]:
@@ -326,7 +274,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _manifest_of(ask: Ask, root: str) -> Manifest | None:
     found = ask("SELECT manifest FROM models WHERE digest = ? AND manifest IS NOT NULL LIMIT 1", [root]).rows
-    return _manifest(bytes(found[0][0])) if found else None
+    return read_manifest(found[0][0]) if found else None
 
 
 def _name_of(ask: Ask, root: str) -> str:
@@ -341,22 +289,10 @@ def _name_of(ask: Ask, root: str) -> str:
 def _compare_models(ask: Ask, run: str, model: str) -> str:
     """A model that was never asked before: what is different in it from the nearest one that was."""
     this = ask("SELECT manifest, class FROM ledger.models WHERE digest = ? LIMIT 1", [model]).rows
-    manifest = _manifest(this[0][0]) if this else None
+    manifest = read_manifest(this[0][0]) if this else None
     if manifest is None:
         return f"a model that was never asked before ({model[:12]}…)"
-    others = ask(
-        "SELECT manifest, digest FROM ledger.models WHERE class = ? AND digest <> ? AND digest IN (SELECT model FROM earlier) "
-        "ORDER BY first_seen DESC LIMIT ?",
-        [this[0][1], model, _MOST_MODELS],
-    )
-    nearest: tuple[ManifestDiff, str] | None = None
-    for data, digest in others.rows:
-        other = _manifest(data)
-        if other is None:
-            continue
-        diff = other.diff(manifest)
-        if nearest is None or _size(diff) < _size(nearest[0]):
-            nearest = diff, digest
+    nearest = find_nearest_model(ask, manifest, this[0][1], "SELECT model FROM earlier")
     if nearest is None:
         return f"a new model: no {this[0][1]} was asked anything before"
     diff, digest = nearest
@@ -414,7 +350,7 @@ def _commonest(ask: Ask, name: str, on: str, *params: str) -> str:
 def _fields_of(ask: Ask, digest: str) -> dict[str, Any] | None:
     """Settings or an environment by digest."""
     stored = ask("SELECT canonical FROM fields WHERE digest = ? LIMIT 1", [digest]).rows
-    return _fields(stored[0][0]) if stored else None
+    return read_fields(stored[0][0]) if stored else None
 
 
 def _differences(ask: Ask, left: str, right: str) -> str:
@@ -422,65 +358,8 @@ def _differences(ask: Ask, left: str, right: str) -> str:
     fields = [_fields_of(ask, digest) for digest in (left, right)]
     if fields[0] is None or fields[1] is None:
         return "(not known)"
-    found = list(_walk("", fields[0], fields[1]))
-    more = f" and {len(found) - _MOST_FIELDS} more" if len(found) > _MOST_FIELDS else ""
-    return ", ".join(f"{name} {_said(one)} → {_said(other)}" for name, one, other in found[:_MOST_FIELDS]) + more
+    return say_differences(list(compare_fields("", fields[0], fields[1])))
 
 
 def _share(part: int, total: int) -> str:
     return "" if part == total else f" ({part:,} of {total:,} requests)"
-
-
-def _size(diff: ManifestDiff) -> int:
-    return len(diff.tensors) + len(diff.parts)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------------
-
-
-def _question(store: Store, key: Digest) -> Any:
-    question = store.get_question(key)
-    if question is None:
-        raise UnknownNameError(f"no good entry under {key}", hint="`evalcache verify` says what is damaged", found=str(key))
-    return question
-
-
-def _manifest(data: bytes | None) -> Manifest | None:
-    try:
-        return None if data is None else Manifest.from_bytes(data)
-    except CanonicalError:
-        return None
-
-
-def _fields(data: bytes | None) -> dict[str, Any] | None:
-    try:
-        fields = None if data is None else decode(data)
-    except CanonicalError:
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
-def _walk(path: str, left: Any, right: Any) -> Iterator[Difference]:
-    """Differing fields, nested maps field by field."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        for name in sorted(left.keys() | right.keys()):
-            yield from _walk(f"{path}.{name}" if path else name, left.get(name), right.get(name))
-    elif type(left) is not type(right) or left != right:
-        yield Difference(path, left, right)
-
-
-def _compare_tokens(left: np.ndarray, right: np.ndarray) -> Iterator[Difference]:
-    shorter = min(len(left), len(right))
-    places = np.flatnonzero(left[:shorter] != right[:shorter])
-    if len(places):
-        place = int(places[0])
-        yield Difference(f"tokens[{place}]", int(left[place]), int(right[place]))
-    if len(left) != len(right):
-        yield Difference("tokens.length", len(left), len(right))
-
-
-def _said(value: Any) -> str:
-    if value is None:
-        return "–"
-    text = value.hex() if isinstance(value, bytes) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

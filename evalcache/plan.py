@@ -15,68 +15,24 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evalcache.budget import Budget, budget_environment
-from evalcache.canonical import decode
+from evalcache.differences import Difference, compare_fields, find_nearest_model, read_fields, read_manifest, say_differences
 from evalcache.digest import digest_bytes
-from evalcache.errors import CanonicalError, CommandError, LedgerError, PlanError
+from evalcache.errors import CommandError, LedgerError, PlanError
+from evalcache.estimates import Estimates, Seconds, add_seconds
 from evalcache.launch import find_unreachable, is_off, launch_environment
 from evalcache.ledger import Ask, Ledger
-from evalcache.manifest import Manifest
 from evalcache.prices import Prices, read_prices
 from evalcache.printing import print_table, visible
 from evalcache.store import Store
 from evalcache.summary import format_reasons, format_seconds
 
-_SIZES = (0.8, 1.25)  # models within these shares of parameters are of one size
-_KINDS = {
-    "generate_until": (("generate_until", "generate"),),
-    "generate_until_call": (("generate_until_call",), ("generate_until", "generate")),
-}
 _UPGRADES = ("torch", "transformers", "engine_version")
-_MOST_FIELDS = 4
-_MOST_MODELS = 50
-
-# Each computed entry with what it took on one device, and the tasks that have asked for it.
-_MEASURED = """
-CREATE TEMP TABLE measured AS
-SELECT r.kind, r.model, coalesce(t.tasks, []) AS tasks, o.seconds, o.prompt_tokens AS read, o.completion_tokens AS made,
-    try_cast(r.settings ->> 'max_new_tokens' AS INTEGER) AS most
-FROM (SELECT DISTINCT ON (key, run, created_at) * FROM ledger.outputs WHERE device = ? AND seconds IS NOT NULL) o
-JOIN (SELECT DISTINCT ON (key) key, kind, model, settings FROM ledger.requests) r USING (key)
-LEFT JOIN (SELECT key, list(DISTINCT task) AS tasks FROM ledger.lookups WHERE task <> '' GROUP BY key) t USING (key)
-"""
-_PER_TOKEN = """
-SELECT count(*), sum(seconds) / sum(read), quantile_cont(seconds / read, 0.1), quantile_cont(seconds / read, 0.9)
-FROM measured WHERE read > 0 AND """
-# As many new tokens as it made, up to the limit of now. One that ended at a lower limit than that would have gone on.
-_PER_REQUEST = """
-SELECT count(*), avg(s), quantile_cont(s, 0.1), quantile_cont(s, 0.9) FROM (
-    SELECT seconds * CASE WHEN most < $1 AND made >= most THEN $1 ELSE least(made, $1) END / greatest(made, 1) AS s
-    FROM measured WHERE made IS NOT NULL AND """
-_LOADS = """
-SELECT count(*), avg(seconds), min(seconds), max(seconds) FROM (SELECT DISTINCT ON (store, seq) * FROM ledger.model_loads)
-WHERE run IN (SELECT run FROM ledger.model_names WHERE list_contains($1, model::VARCHAR))
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """An estimate with its range: the 10th and the 90th percentile of the like requests, for all of them alike.
-
-    Args:
-        like: what it was estimated from. like_count: how many of these.
-    """
-
-    seconds: float
-    low_seconds: float
-    high_seconds: float
-    like: str = ""
-    like_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +79,7 @@ class Part:
         known = [line.estimate for line in self.lines if line.estimate]
         if not known and any(line.runs or line.uncacheable for line in self.lines):
             return None
-        return _added(known + ([self.loading] if self.loading else []))
+        return add_seconds(known + ([self.loading] if self.loading else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +103,7 @@ class Plan:
     def seconds(self) -> Seconds | None:
         """Of everything that can be estimated, loading included; None where something would run and nothing is known of it."""
         known = [part.seconds for part in self.parts if part.seconds is not None]
-        return _added(known) if known or not self.parts else None
+        return add_seconds(known) if known or not self.parts else None
 
     @property
     def devices(self) -> list[str]:
@@ -310,12 +266,13 @@ def _range(low: float, high: float) -> str:
 def _estimate(ledger: Ledger, store: Store, told: dict[str, Any]) -> Part:
     model, groups = told["model"], told["groups"]
     with ledger.reading() as ask:
-        ask(_MEASURED, [told.get("device") or ""])
-        root = model.get("root") or model.get("last_root") or ""
-        family = _family(ask, root, model)
-        lines = tuple(_line(ask, group, root, family) for group in groups)
+        like = Estimates(
+            ask, told.get("device") or "", model.get("root") or model.get("last_root") or "", model.get("class") or "",
+            model.get("parameters"),
+        )  # fmt: skip
+        lines = tuple(_line(group, like.of_group(group) if group["runs"] else None) for group in groups)
         runs = any(group["runs"] or group["uncacheable"] for group in groups)
-        loading = _loading(ask, root, family) if runs else None
+        loading = like.of_loading() if runs else None
         why, warnings = _explain(ask, store, told) if runs else ((), ())
     if told.get("own_cache"):
         warnings += ("the harness's own cache (--use_cache) was not looked at: what it answers is counted as asked",)
@@ -325,89 +282,11 @@ def _estimate(ledger: Ledger, store: Store, told: dict[str, Any]) -> Part:
     )  # fmt: skip
 
 
-def _line(ask: Ask, group: dict[str, Any], root: str, family: list[str]) -> Line:
-    estimate = None
-    if group["runs"]:
-        estimate = _like(ask, group, root, family)
+def _line(group: dict[str, Any], estimate: Seconds | None) -> Line:
     return Line(
         group["task"], group["asked_kind"], group["hits"], group["runs"], group["duplicates"], group["uncacheable"],
         group["samples"], group["hit_seconds"], estimate,
     )  # fmt: skip
-
-
-def _family(ask: Ask, root: str, model: dict[str, Any]) -> list[str]:
-    """The models of its class and size."""
-    size = model.get("parameters")
-    if not size:
-        return []
-    found = ask(
-        "SELECT DISTINCT digest::VARCHAR FROM ledger.models WHERE class = ? AND parameters BETWEEN ? AND ?",
-        [model.get("class") or "", int(_SIZES[0] * size), int(_SIZES[1] * size)],
-    )
-    return [str(digest) for (digest,) in found.rows]
-
-
-def _like(ask: Ask, group: dict[str, Any], root: str, family: list[str]) -> Seconds | None:
-    """What would run, by the costs of the requests that are most like it."""
-    task, stored = group["task"], group["kind"]
-    for kinds in _KINDS.get(stored, ((stored,),)):
-        for like, where, params in (
-            ("this task, this model", "list_contains(tasks, {}) AND model::VARCHAR = {}", [task, _uuid(root)]),
-            ("this task, models of this size", "list_contains(tasks, {}) AND list_contains({}, model::VARCHAR)", [task, family]),
-            ("this model", "model::VARCHAR = {}", [_uuid(root)]),
-            ("models of this size", "list_contains({}, model::VARCHAR)", [family]),
-        ):
-            if (found := _measured(ask, group, kinds, where, params)) is not None:
-                return dataclasses.replace(found, like=f"{like}{'' if stored in kinds else ', asked one by one'}")
-    return None
-
-
-def _measured(ask: Ask, group: dict[str, Any], kinds: Sequence[str], where: str, params: list[Any]) -> Seconds | None:
-    named = ", ".join(f"'{kind}'" for kind in kinds)
-    whole = kinds == ("generate_until_call",)
-    if whole or group["kind"] == "loglikelihood":
-        sql = f"{_PER_TOKEN} kind IN ({named}) AND {where.format(*(f'${place}' for place in range(1, len(params) + 1)))}"
-        ((count, *each),) = ask(sql, params).rows
-        tokens = sum(group["prompt_tokens"])
-        return _ordered(*(one * tokens for one in each), count=count) if count else None
-    found = []
-    requests = Counter(group["limits"])
-    if group["kind"] == "generate_until_call":  # asked one by one
-        number = max(group["samples"], 1)
-        requests = Counter({max(1, sum(group["limits"]) // number): number})
-    for limit, number in requests.items():
-        sql = f"{_PER_REQUEST} kind IN ({named}) AND {where.format(*(f'${place}' for place in range(2, len(params) + 2)))})"
-        ((count, *each),) = ask(sql, [limit, *params]).rows
-        if not count:
-            return None
-        found.append(_ordered(*(one * number for one in each), count=count))
-    return _added(found)
-
-
-def _loading(ask: Ask, root: str, family: list[str]) -> Seconds | None:
-    for like, models in (("this model", [_uuid(root)]), ("models of this size", family)):
-        ((count, *each),) = ask(_LOADS, [models]).rows
-        if count:
-            return dataclasses.replace(_ordered(*each, count=count), like=like)
-    return None
-
-
-def _ordered(point: float, low: float, high: float, *, count: int) -> Seconds:
-    return Seconds(point, min(low, point), max(high, point), like_count=count)
-
-
-def _added(found: Sequence[Seconds]) -> Seconds:
-    return Seconds(
-        sum(one.seconds for one in found),
-        sum(one.low_seconds for one in found),
-        sum(one.high_seconds for one in found),
-        found[0].like if found else "",
-        max((one.like_count for one in found), default=0),
-    )
-
-
-def _uuid(root: str) -> str:
-    return "-".join((root[:8], root[8:12], root[12:16], root[16:20], root[20:])) if root else ""
 
 
 # --- why it would run ----------------------------------------------------------------------------------------------------
@@ -430,8 +309,8 @@ def _explain(ask: Ask, store: Store, told: dict[str, Any]) -> tuple[tuple[str, .
     if not ask(known, [root, digest_bytes(environment).hex]).rows[0][0]:
         changes = _changes(ask, "environment", environment, "r.model = ?", [root])
         if any(name in _UPGRADES for name, _, _ in changes) and not any(group["hits"] for group in groups):
-            return (f"another environment: {_said(changes)}",), (_upgraded(_said(changes)),)
-        return (f"another environment: {_said(changes)}",), ()
+            return (f"another environment: {say_differences(changes)}",), (_upgraded(say_differences(changes)),)
+        return (f"another environment: {say_differences(changes)}",), ()
     said = []
     for group in groups:
         if not group["runs"]:
@@ -444,7 +323,7 @@ def _explain(ask: Ask, store: Store, told: dict[str, Any]) -> tuple[tuple[str, .
                 where = "r.model = ? AND r.kind = ? AND r.key IN (SELECT key FROM ledger.lookups WHERE task = ?)"
                 new += _changes(ask, "settings", settings, where, [root, group["kind"], group["task"]])
         if new:
-            said.append(f"{name}: other settings: {_said(new)}")
+            said.append(f"{name}: other settings: {say_differences(new)}")
         elif group["kind"] == "generate_until_call":
             said.append(f"{name}: samples are stored as a whole, and one of them or the generators' state is new")
         else:
@@ -455,13 +334,13 @@ def _explain(ask: Ask, store: Store, told: dict[str, Any]) -> tuple[tuple[str, .
 def _explain_stranger(model: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if "last_root" not in model:
         return ("the model was never loaded here: everything runs",), ()
-    changed = [(name, then, now) for name, (then, now) in model["versions"].items()]
+    changed = [Difference(name, then, now) for name, (then, now) in model["versions"].items()]
     if not changed:
         return (
             "the model's files were loaded before, but in another way (dtype, device map, kernels): what it is now is known only "
             "once it is loaded, and everything is counted as if it ran",
         ), ()
-    said = _said(changed)
+    said = say_differences(changed)
     if any(name in _UPGRADES for name, _, _ in changed):
         return (f"other versions than when the model was last loaded: {said}",), (_upgraded(said),)
     return (
@@ -476,55 +355,21 @@ def _upgraded(said: str) -> str:
 
 def _nearest(ask: Ask, store: Store, model: dict[str, Any]) -> str:
     """A model that was asked nothing yet: what is different in it from the nearest one that was."""
-    data = store.get_object(f"model/{model['root']}")
-    found = None
-    others = ask(
-        "SELECT manifest, digest FROM ledger.models WHERE class = ? AND digest <> ? AND digest IN "
-        "(SELECT model FROM ledger.requests) ORDER BY first_seen DESC LIMIT ?",
-        [model.get("class") or "", model["root"], _MOST_MODELS],
-    )
-    for other, digest in others.rows if data is not None else ():
-        try:
-            diff = Manifest.from_bytes(other).diff(Manifest.from_bytes(data))
-        except CanonicalError:
-            continue
-        if found is None or len(diff.tensors) + len(diff.parts) < len(found[0].tensors) + len(found[0].parts):
-            found = diff, digest
+    manifest = read_manifest(store.get_object(f"model/{model['root']}"))
+    among = "SELECT model FROM ledger.requests"
+    found = None if manifest is None else find_nearest_model(ask, manifest, model.get("class") or "", among)
     if found is None:
         return "this model was asked nothing before"
     names = ask("SELECT name FROM ledger.model_names WHERE model = ? ORDER BY seq DESC LIMIT 1", [found[1]]).rows
     return f"new weights: {found[0]} differ from {names[0][0] if names and names[0][0] else str(found[1])[:12]}"
 
 
-def _changes(ask: Ask, name: str, now: bytes, where: str, params: list[Any]) -> list[tuple[str, Any, Any]]:
+def _changes(ask: Ask, name: str, now: bytes, where: str, params: list[Any]) -> list[Difference]:
     """The fields in which the latest stored requests differ from those of now."""
     latest = ask(
         f"SELECT f.canonical FROM ledger.requests r JOIN ledger.outputs o USING (key) JOIN ledger.fields f "
         f"ON f.digest = r.{name}_digest WHERE {where} ORDER BY o.created_at DESC LIMIT 1",
         params,
     ).rows
-    if not latest:
-        return []
-    try:
-        return list(_walk("", decode(bytes(latest[0][0])), decode(now)))
-    except CanonicalError:
-        return []
-
-
-def _walk(path: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(left, dict) and isinstance(right, dict):
-        for name in sorted(left.keys() | right.keys()):
-            yield from _walk(f"{path}.{name}" if path else name, left.get(name), right.get(name))
-    elif type(left) is not type(right) or left != right:
-        yield path, left, right
-
-
-def _said(changes: Sequence[tuple[str, Any, Any]]) -> str:
-    said = [f"{name} {_short(left)} → {_short(right)}" for name, left, right in changes[:_MOST_FIELDS]]
-    more = f" and {len(changes) - _MOST_FIELDS} more" if len(changes) > _MOST_FIELDS else ""
-    return ", ".join(said) + more
-
-
-def _short(value: Any) -> str:
-    text = "–" if value is None else value.hex() if isinstance(value, bytes) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    sides = [read_fields(data) for data in (latest[0][0] if latest else None, now)]
+    return [] if None in sides else list(compare_fields("", *sides))

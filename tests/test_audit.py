@@ -29,11 +29,12 @@ from recorded import (
 )
 
 from evalcache.audit import RunSummary, summarise
+from evalcache.differences import Difference, explain_keys
 from evalcache.digest import digest_bytes
 from evalcache.errors import UnknownNameError
 from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
-from evalcache.misses import Difference, explain_keys, explain_misses
+from evalcache.misses import explain_misses
 from evalcache.store import Store
 
 
