@@ -208,7 +208,7 @@ class _AnotherModelError(Exception):
 @contextlib.contextmanager
 def _out_of_the_way() -> Iterator[None]:
     """While ``compute`` runs, the seams below are out of the way: its answers are kept here."""
-    below = sys.modules.get("evalcache.integrations.transformers")
+    below = sys.modules.get("evalcache.integrations.seam")
     with contextlib.nullcontext() if below is None else below.not_again():
         yield
 

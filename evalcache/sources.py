@@ -80,7 +80,7 @@ class Source:
         """
         if self.model is None:
             return cache.open(self.watch), Environment(Fields(self._versions))
-        from evalcache.integrations.transformers import Seam
+        from evalcache.integrations.seam import Seam
 
         manifest, environment = Seam.of(cache).look(self.model, self.watch)
         keyed = dict(environment.keyed) | self._versions | {"generation": _generation_config(self.model)}
@@ -149,7 +149,7 @@ def _watch(cache: Cache, what: Any, role: str, read: Callable[[], Manifest], nam
 
 
 def _live_watch(cache: Cache, model: Any, role: str) -> Watch:
-    from evalcache.integrations.transformers import Seam
+    from evalcache.integrations.seam import Seam
 
     watches = _live_watches.setdefault(cache, weakref.WeakKeyDictionary()).setdefault(model, {})
     if role not in watches:

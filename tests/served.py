@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-import evalcache.integrations.transformers as seam
+import evalcache.integrations.transformers as floor
 from evalcache.cache import Cache
 
 
@@ -51,11 +51,11 @@ class Served:
 def served(folder: Path, **settings: Any) -> Iterator[Served]:
     """Serves from ``folder`` inside the block, and closes the run after it."""
     cache = Cache(folder, **settings)
-    seam.install(cache)
+    floor.install(cache)
     try:
         yield Served(cache)
     finally:
-        seam.uninstall()
+        floor.uninstall()
         cache.close()
 
 

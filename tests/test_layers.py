@@ -184,7 +184,7 @@ class TestSource:
 
 
 def test_integrations_of_two_clients_do_not_know_each_other() -> None:
-    # A client's file may stand on transformers.py, whose models they all run; not on another client's.
+    # A client's file may stand on seam.py, which serves the models that they all run; not on another client's.
     clients = {"lm_eval", "inspect_ai", "lighteval"}
     for source in (PACKAGE / "integrations").glob("*.py"):
         for line, name in imports_of(source):

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
-import evalcache.integrations.transformers as seam
+import evalcache.integrations.transformers as floor
 from evalcache.cache import Cache
 from evalcache.integrations import lazy
+from evalcache.integrations.seam import Seam
 
 
 @pytest.fixture
@@ -27,11 +28,11 @@ def run(tmp_path):
 
     def one(script, *args, **options):
         cache = Cache(tmp_path / "cache", **options)
-        seam.install(cache)
+        floor.install(cache)
         try:
             return script(*args), cache.counts
         finally:
-            seam.uninstall()
+            floor.uninstall()
             cache.close()
 
     return one
@@ -60,8 +61,8 @@ def test_second_run_does_not_load(folder, run):
 def test_it_is_served_although_peft_is_imported_after_it_was_loaded(folder, run):
     def late(path):
         model = AutoModelForCausalLM.from_pretrained(path)
-        cache = seam._installed.cache
-        seam.install(cache)  # as the import of PEFT has it done again
+        cache = Seam.installed.cache
+        floor.install(cache)  # as the import of PEFT has it done again
         return model.generate(
             input_ids=ids(), attention_mask=torch.ones(4, 8, dtype=torch.long), max_new_tokens=5, do_sample=False
         )

@@ -44,7 +44,8 @@ from transformers.generation.utils import GenerationMixin
 from words import train_tokenizer
 
 import evalcache
-import evalcache.integrations.transformers as seam
+import evalcache.integrations.seam as seam
+import evalcache.integrations.transformers as floor
 from evalcache.cache import Cache
 from evalcache.integrations import scoring
 from evalcache.integrations.generators import generator_states, restore_generators
@@ -517,7 +518,7 @@ def test_a_wrapped_model_is_as_it_was(make: Callable[[], Any], call: Call, tmp_p
     for _ in range(2):
         cache = Cache(tmp_path)
         try:
-            assert_same_outcome(bare, outcome(lambda cache=cache: call(seam.wrap(make(), cache))))
+            assert_same_outcome(bare, outcome(lambda cache=cache: call(floor.wrap(make(), cache))))
         finally:
             cache.close()
 
@@ -685,20 +686,20 @@ def test_a_patch_of_the_user_s_above_ours_stays(tmp_path: Path, monkeypatch: pyt
     bare = GenerationMixin.generate
     cache = Cache(tmp_path)
     try:
-        seam.install(cache)
+        floor.install(cache)
         inner = GenerationMixin.generate
 
         def mine(self: Any, *args: Any, **kwargs: Any) -> Any:
             return inner(self, *args, **kwargs)
 
         GenerationMixin.generate = mine
-        seam.install(cache)  # what happens when PEFT is imported later
+        floor.install(cache)  # what happens when PEFT is imported later
         assert GenerationMixin.generate is mine
-        seam.uninstall()
+        floor.uninstall()
         assert GenerationMixin.generate is mine
     finally:
         GenerationMixin.generate = bare
-        seam.uninstall()
+        floor.uninstall()
         cache.close()
 
 

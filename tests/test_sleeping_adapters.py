@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import evalcache.integrations.transformers as seam
+import evalcache.integrations.transformers as floor
 from evalcache.cache import Cache
 from evalcache.integrations import lazy
 from evalcache.integrations.draws import count_draws, skip_draws
@@ -61,11 +61,11 @@ def run(tmp_path):
 
     def one(script, *args, **options):
         cache = Cache(tmp_path / "cache", **options)
-        seam.install(cache)
+        floor.install(cache)
         try:
             return script(*args), cache.counts
         finally:
-            seam.uninstall()
+            floor.uninstall()
             cache.close()
 
     return one

@@ -12,10 +12,11 @@ import torch
 from served import Told, assert_same, served
 from tiny import ENCODER_DECODERS, EOS, NAMES, NOT_ROW_SEPARABLE, PAD, ROPE_DEPENDENT, build, prompts
 
-import evalcache.integrations.transformers as seam
+import evalcache.integrations.transformers as floor
 from evalcache.cache import Cache
 from evalcache.integrations import generation
 from evalcache.integrations.generation import select_rows
+from evalcache.integrations.seam import Seam
 from evalcache.integrations.timing import share
 
 # So many end ids that rows end after unequal numbers of tokens: what follows a row's end is where batches differ.
@@ -218,7 +219,7 @@ def test_an_edit_after_the_batch_and_before_the_next_check_keeps_the_batch_out_o
     model, batch = build("llama"), batch_for("llama")
     old = ask(model, batch, do_sample=False)
     with served(tmp_path) as here:
-        watch = seam.Seam.of(here.cache).watch(model)
+        watch = Seam.of(here.cache).watch(model)
         here.ask(ask, model, take(batch, [0]), do_sample=False)
         watch.check_seconds = 1e9  # a check that dear is left to the next call
         assert_same(list(old), list(ask(model, batch, do_sample=False)))
@@ -271,7 +272,7 @@ def test_a_batch_is_not_stored_when_another_thread_edits_the_model_meanwhile(tmp
 def test_the_costs_of_a_batch_s_rows_add_up_to_its_measured_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build("llama"), batch_for("llama")
     measured: list[Any] = []
-    monkeypatch.setattr(seam, "share", lambda watch, *args: measured.append(watch) or share(watch, *args))
+    monkeypatch.setattr("evalcache.integrations.seam.share", lambda watch, *args: measured.append(watch) or share(watch, *args))
     with served(tmp_path) as here:
         here.ask(ask, model, batch, do_sample=False)
         here.ask(ask, model, batch, do_sample=True)
@@ -291,7 +292,7 @@ def test_wrap_serves_one_model_and_leaves_the_others_alone(tmp_path: Path) -> No
     model, other, batch = build("llama"), build("llama"), batch_for("llama")
     bare = ask(model, batch, do_sample=False)
     cache = Cache(tmp_path)
-    assert seam.wrap(model, cache) is model
+    assert floor.wrap(model, cache) is model
     for _ in range(2):
         assert_same(list(bare), list(ask(model, batch, do_sample=False)))
         assert_same(list(bare), list(ask(other, batch, do_sample=False)))

@@ -267,18 +267,18 @@ def test_a_model_compiled_in_place_is_another(shared: Any) -> None:
 
 
 def test_our_own_patches_leave_the_root_alone(tmp_path: Any) -> None:
-    import evalcache.integrations.transformers as seam
+    import evalcache.integrations.transformers as floor
     from evalcache.cache import Cache
 
     model = build("llama")
     before = fingerprint(model).root
     cache = Cache(tmp_path)
     try:
-        assert fingerprint(seam.wrap(model, cache)).root == before
-        seam.install(cache)
+        assert fingerprint(floor.wrap(model, cache)).root == before
+        floor.install(cache)
         assert fingerprint(build("llama")).root == before
     finally:
-        seam.uninstall()
+        floor.uninstall()
         cache.close()
 
 

@@ -22,12 +22,11 @@ from typing import Any
 
 from evalcache.cache import Cache
 from evalcache.errors import ReplayMissError, UncacheableError
-from evalcache.integrations import transformers as floor
 from evalcache.integrations.clients import INSPECT_AI, version_of_client
 from evalcache.integrations.inspect_ai_batches import CLIENT, Asked, encode_one, model_of, serve_batch, text_of
 from evalcache.integrations.inspect_ai_scores import watch_scores
 from evalcache.integrations.patching import Patches
-from evalcache.integrations.transformers import Seam, not_again
+from evalcache.integrations.seam import Seam, not_again
 from evalcache.records import Action, Policy, Result
 from evalcache.serving import Labels, Serving
 
@@ -287,7 +286,7 @@ class Adapter:
 
     def _seam(self) -> Seam:
         """The seam of `generate`, which serves what is not served here; one of our own where that is not installed."""
-        installed = floor._installed
+        installed = Seam.installed
         return installed if installed is not None and installed.cache is self.cache else self._own
 
 

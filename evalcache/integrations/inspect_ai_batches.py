@@ -27,8 +27,8 @@ from evalcache.integrations import generation, lazy
 from evalcache.integrations.generation import Call
 from evalcache.integrations.outputs import assemble_rows, row_results, sequences
 from evalcache.integrations.processors import tokenizer_digest
+from evalcache.integrations.seam import AnotherModelError, Seam, not_again
 from evalcache.integrations.timing import Stopwatch, measured, share
-from evalcache.integrations.transformers import AnotherModelError, Seam, not_again
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving

@@ -14,7 +14,7 @@ from inspect_ai.model._providers.hf import HuggingFaceAPI
 
 from evalcache.cache import Cache
 from evalcache.code import ORIGINAL
-from evalcache.integrations import transformers as floor
+from evalcache.integrations.seam import Seam
 from evalcache.records import Policy
 
 _PREFIX = "hf/"
@@ -63,10 +63,10 @@ def _asleep(cache: Cache | None) -> Iterator[None]:
     """What this thread loads inside the block sleeps where it is known, although nothing else in the process is served."""
     from transformers.modeling_utils import PreTrainedModel
 
-    if cache is None or cache.policy is Policy.OFF or floor._installed is not None:
+    if cache is None or cache.policy is Policy.OFF or Seam.installed is not None:
         yield
         return
-    seam, thread = floor.Seam(cache), threading.get_ident()
+    seam, thread = Seam(cache), threading.get_ident()
     found = vars(PreTrainedModel)["from_pretrained"]
     original = found.__func__
 

@@ -26,7 +26,7 @@ from evalcache.integrations.lighteval_generation import Generations
 from evalcache.integrations.lighteval_scores import score_documents
 from evalcache.integrations.lighteval_tasks import ScoreWatch
 from evalcache.integrations.patching import Patches
-from evalcache.integrations.transformers import not_again
+from evalcache.integrations.seam import not_again
 from evalcache.records import Policy
 
 CLIENT = LIGHTEVAL.name

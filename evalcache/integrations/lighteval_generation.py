@@ -35,8 +35,8 @@ from evalcache.integrations.lighteval_scores import batch_size_of
 from evalcache.integrations.lighteval_stops import ends_by_id, refuse_leaks
 from evalcache.integrations.outputs import row_results, to_array, to_tensor
 from evalcache.integrations.processors import tokenizer_digest
+from evalcache.integrations.seam import AnotherModelError, Seam, not_again
 from evalcache.integrations.timing import Stopwatch, measured, share
-from evalcache.integrations.transformers import AnotherModelError, Seam, not_again
 from evalcache.manifest import Manifest
 from evalcache.measuring import Meter
 from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens

@@ -17,7 +17,7 @@ from evalcache.cache import Cache
 from evalcache.environment import device_name
 from evalcache.errors import UncacheableError
 from evalcache.integrations.scoring import Row, Scoring, score_rows
-from evalcache.integrations.transformers import AnotherModelError, Seam
+from evalcache.integrations.seam import AnotherModelError, Seam
 from evalcache.manifest import Manifest
 from evalcache.records import Environment, Result, unpack_logprobs
 from evalcache.serving import Labels

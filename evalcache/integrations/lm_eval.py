@@ -28,7 +28,7 @@ from evalcache.integrations.lm_eval_generation import Generations
 from evalcache.integrations.lm_eval_tasks import watch_scores
 from evalcache.integrations.patching import Patches
 from evalcache.integrations.scoring import Scoring, score_rows
-from evalcache.integrations.transformers import not_again
+from evalcache.integrations.seam import not_again
 from evalcache.records import Policy, Result, unpack_logprobs
 from evalcache.serving import Labels
 

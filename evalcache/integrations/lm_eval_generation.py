@@ -29,8 +29,8 @@ from evalcache.integrations.generators import generator_states, restore_generato
 from evalcache.integrations.lm_eval_requests import Asked, Numbered, canonical_settings, read_request, refuse_mixtures
 from evalcache.integrations.outputs import row_results, to_array, to_tensor
 from evalcache.integrations.processors import tokenizer_digest
+from evalcache.integrations.seam import AnotherModelError, Seam, not_again
 from evalcache.integrations.timing import Stopwatch, measured, share
-from evalcache.integrations.transformers import AnotherModelError, Seam, not_again
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving

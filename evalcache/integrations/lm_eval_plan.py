@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evalcache.errors import UncacheableError
-from evalcache.integrations import lm_eval, transformers
+from evalcache.integrations import lm_eval
 from evalcache.integrations.clients import LM_EVAL
 from evalcache.integrations.lm_eval import Adapter, labels_of
 from evalcache.integrations.lm_eval_requests import Asked, canonical_settings, read_request, refuse_mixtures
 from evalcache.integrations.planning import PlanSeam
+from evalcache.integrations.seam import Seam
 from evalcache.planning import Looked, PlanCache, WouldLoad
 from evalcache.records import Fields
 from evalcache.serving import Labels
@@ -206,7 +207,7 @@ class PlanAdapter(Adapter):
 
     def _seam(self, lm: Any) -> PlanSeam:
         """Note what model is asked, and where it would answer."""
-        seam = transformers.Seam.of(self.cache)
+        seam = Seam.of(self.cache)
         assert isinstance(seam, PlanSeam)
         self.cache.model.update(seam.about(lm._model))
         self.cache.facts.update(client="lm_eval", batch_size=str(lm.batch_size))

@@ -19,7 +19,7 @@ from evalcache.errors import EvalCacheError
 from evalcache.identity import ADAPTER_CONFIG
 from evalcache.integrations import lazy, loading, transformers
 from evalcache.integrations.known import hollow_model, runtime
-from evalcache.integrations.transformers import Seam
+from evalcache.integrations.seam import Seam
 from evalcache.manifest import Manifest
 from evalcache.planning import PlanCache, WouldLoad
 from evalcache.watch import Watch
@@ -32,7 +32,7 @@ _LOAD = "the model's weights are needed before its requests are known"
 def install(cache: PlanCache) -> None:
     """Have every model of this process sleep. transformers has been imported."""
     transformers.install(cache)
-    transformers._installed = PlanSeam(cache)
+    Seam.installed = PlanSeam(cache)
 
 
 class PlanSeam(Seam):

@@ -21,8 +21,8 @@ from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.integrations import lazy
 from evalcache.integrations.generators import generator_states, restore_generators
 from evalcache.integrations.probe import TOLERANCE, batch_dependent
+from evalcache.integrations.seam import CLIENT, AnotherModelError, Seam
 from evalcache.integrations.timing import Stopwatch, measured, share
-from evalcache.integrations.transformers import CLIENT, AnotherModelError, Seam
 from evalcache.measuring import Meter
 from evalcache.records import Actions, Environment, Fields, Result, pack_logprobs, pack_tokens, unpack_logprobs
 from evalcache.serving import Labels
