@@ -34,9 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evalcache.errors import CommandError, EvalCacheError
+from evalcache.errors import EvalCacheError
 from evalcache.folder import default_folder
-from evalcache.launch import is_off, launch_environment, warn_unreachable
+from evalcache.launch import cannot_run, is_off, launch_environment, warn_unreachable
 from evalcache.ledger import Ledger
 from evalcache.store import Store
 from evalcache.summary import format_seconds
@@ -254,12 +254,8 @@ def _timed(command: Sequence[str], environment: Mapping[str, str], output: Path 
         began = time.perf_counter()
         code = subprocess.run(command, env=environment, check=False, **streams).returncode
         took_s = time.perf_counter() - began
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CommandError(
-            f"command not found: {command[0]}", hint="is it installed in this environment?", path=command[0], exit_code=127
-        ) from error
     except OSError as error:
-        raise CommandError(f"cannot run {command[0]}: {error.strerror}", path=command[0], exit_code=126) from error
+        raise cannot_run(command, error) from error
     finally:
         for stream in ("stdout", "stderr"):
             if stream in streams:

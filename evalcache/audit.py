@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from evalcache.auditviews import SUMS
 from evalcache.digest import Digest
 from evalcache.errors import AuditError
 from evalcache.figures import Counted, Report, Row
@@ -51,10 +52,10 @@ class RunSummary:
     uncacheable: int
     uncacheable_reasons: Mapping[str, int] = field(default_factory=dict)
     duplicates: int = 0
+    unmeasured_hits: int = 0
     model_loads: int = 0
     saved_seconds: float = 0.0
     credited_seconds: float = 0.0
-    unmeasured_hits: int = 0
     duplicate_seconds: float = 0.0
     spent_seconds: float = 0.0
     overhead_seconds: float = 0.0
@@ -108,19 +109,6 @@ def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
 
 
 # --- the report ----------------------------------------------------------------------------------------------------------
-
-
-_SUMS = """
-count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits, count(*) FILTER (reason = 'own') AS own_hits,
-count(*) FILTER (line = 'imported') AS imported_hits, count(*) FILTER (outcome = 'miss') AS misses,
-count(*) FILTER (outcome = 'uncacheable') AS uncacheable, count(*) FILTER (outcome = 'duplicate') AS duplicates,
-count(*) FILTER (line IN ('credited', 'imported') AND seconds IS NULL) AS unmeasured_hits,
-coalesce(sum(seconds) FILTER (line = 'spent'), 0) AS spent_seconds,
-coalesce(sum(seconds) FILTER (line = 'credited'), 0) AS credited_seconds,
-coalesce(sum(seconds) FILTER (line = 'imported'), 0) AS imported_seconds,
-coalesce(sum(seconds) FILTER (line = 'duplicate'), 0) AS duplicate_seconds,
-sum(overhead_seconds) AS overhead_seconds, sum(verification_seconds) AS verification_seconds
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +212,7 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
 
     def sums(group: str) -> dict[str | None, list[dict[str, Any]]]:
         table = ask(
-            f"SELECT {group} AS grp, {devices}, {_SUMS} FROM audit_requests r SEMI JOIN chosen USING (run) "
+            f"SELECT {group} AS grp, {devices}, {SUMS} FROM audit_requests r SEMI JOIN chosen USING (run) "
             f"WHERE {only} GROUP BY ALL ORDER BY ALL"
         )
         found: dict[str | None, list[dict[str, Any]]] = {}

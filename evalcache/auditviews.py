@@ -11,6 +11,18 @@ What they mean, so that anybody can check a report:
 
 from __future__ import annotations
 
+SUMS = """count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits,
+    count(*) FILTER (reason = 'own') AS own_hits, count(*) FILTER (line = 'imported') AS imported_hits,
+    count(*) FILTER (outcome = 'miss') AS misses, count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
+    count(*) FILTER (outcome = 'duplicate') AS duplicates,
+    count(*) FILTER (line IN ('credited', 'imported') AND seconds IS NULL) AS unmeasured_hits,
+    coalesce(sum(seconds) FILTER (line = 'spent'), 0) AS spent_seconds,
+    coalesce(sum(seconds) FILTER (line = 'credited'), 0) AS credited_seconds,
+    coalesce(sum(seconds) FILTER (line = 'imported'), 0) AS imported_seconds,
+    coalesce(sum(seconds) FILTER (line = 'duplicate'), 0) AS duplicate_seconds,
+    sum(overhead_seconds) AS overhead_seconds, sum(verification_seconds) AS verification_seconds"""
+"""The sums of any group of ``audit_requests``."""
+
 VIEWS = """
 -- Lookups, each once. An event's rows are there as a whole, once or several times: only those of the latter are compared.
 CREATE VIEW lookups_once AS
@@ -37,6 +49,37 @@ SELECT run, started.started_at, ended.ended_at,
     CASE WHEN ended.run IS NULL OR ended.processes < started.processes THEN 'unfinished' ELSE ended.status END AS status,
     started.command, started.client
 FROM known LEFT JOIN started USING (run) LEFT JOIN ended USING (run);
+
+-- What each run reused and what that saved. saved = credits of hits − our own overhead. Duplicates are a line of their own, with
+-- the hits on what the run itself had computed before.
+CREATE VIEW hits_by_run AS
+WITH asked AS (
+    SELECT run,
+        count(*) FILTER (outcome = 'hit') AS hits,
+        count(*) FILTER (outcome = 'miss') AS misses,
+        count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
+        count(*) FILTER (outcome = 'duplicate') AS duplicates,
+        count(*) FILTER (outcome = 'hit' AND seconds IS NULL AND reason IS DISTINCT FROM 'own') AS unmeasured_hits,
+        coalesce(sum(seconds) FILTER (outcome = 'hit' AND reason IS DISTINCT FROM 'own'), 0) AS credited_seconds,
+        coalesce(sum(seconds) FILTER (outcome = 'duplicate' OR reason = 'own'), 0) AS duplicate_seconds,
+        coalesce(sum(seconds) FILTER (outcome IN ('miss', 'uncacheable')), 0) AS spent_seconds
+    FROM (SELECT DISTINCT ON (store, seq, n) * FROM lookups) GROUP BY run
+), own AS (
+    SELECT run, sum(seconds) AS seconds FROM (SELECT DISTINCT ON (store, seq, kind) * FROM overheads) GROUP BY run
+), loads AS (
+    SELECT run, count(*) AS loads FROM (SELECT DISTINCT ON (store, seq) * FROM model_loads) GROUP BY run
+)
+SELECT s.run, s.started_at, s.ended_at, s.status, s.command, s.client,
+    coalesce(hits, 0) AS hits, coalesce(misses, 0) AS misses, coalesce(uncacheable, 0) AS uncacheable,
+    coalesce(duplicates, 0) AS duplicates, coalesce(loads, 0) AS model_loads,
+    coalesce(credited_seconds, 0) - coalesce(own.seconds, 0) AS saved_seconds,
+    coalesce(credited_seconds, 0) AS credited_seconds, coalesce(own.seconds, 0) AS overhead_seconds,
+    coalesce(duplicate_seconds, 0) AS duplicate_seconds, coalesce(spent_seconds, 0) AS spent_seconds,
+    coalesce(unmeasured_hits, 0) AS unmeasured_hits,
+    hits / nullif(hits + misses + uncacheable, 0) AS hit_rate,
+    credited_seconds / nullif(credited_seconds + spent_seconds, 0) AS hit_rate_by_seconds
+FROM run_spans s LEFT JOIN asked USING (run) LEFT JOIN own USING (run) LEFT JOIN loads USING (run)
+ORDER BY s.started_at DESC NULLS LAST, s.run;
 
 -- What each run used of its devices. device_count: the most that one of its processes used. energy_joules: by the devices' own
 -- meters while they computed; NULL where there is none.
@@ -115,16 +158,7 @@ FROM asleep a ASOF JOIN fastest f ON f.model = a.model AND a.started_at >= f.sta
 -- The audit, a row a run.
 CREATE VIEW audit_by_run AS
 WITH sums AS (
-    SELECT run, count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits,
-        count(*) FILTER (reason = 'own') AS own_hits, count(*) FILTER (line = 'imported') AS imported_hits,
-        count(*) FILTER (outcome = 'miss') AS misses,
-        count(*) FILTER (outcome = 'uncacheable') AS uncacheable, count(*) FILTER (outcome = 'duplicate') AS duplicates,
-        count(*) FILTER (line IN ('credited', 'imported') AND seconds IS NULL) AS unmeasured_hits,
-        coalesce(sum(seconds) FILTER (line = 'spent'), 0) AS spent_seconds,
-        coalesce(sum(seconds) FILTER (line = 'credited'), 0) AS credited_seconds,
-        coalesce(sum(seconds) FILTER (line = 'imported'), 0) AS imported_seconds,
-        coalesce(sum(seconds) FILTER (line = 'duplicate'), 0) AS duplicate_seconds,
-        sum(overhead_seconds) AS overhead_seconds, sum(verification_seconds) AS verification_seconds
+    SELECT run, {sums}
     FROM audit_requests GROUP BY run
 ), loads AS (
     SELECT run, sum(loads) AS loads, sum(load_seconds) AS load_seconds, sum(avoided_loads) AS avoided_loads,
@@ -149,16 +183,7 @@ ORDER BY started_at DESC NULLS LAST, run;
 
 -- The audit, a row a run and task. Overhead is the requests' share of it.
 CREATE VIEW audit_by_task AS
-SELECT run, client, task, count(outcome) AS requests, count(*) FILTER (outcome = 'hit') AS hits,
-    count(*) FILTER (reason = 'own') AS own_hits, count(*) FILTER (line = 'imported') AS imported_hits,
-    count(*) FILTER (outcome = 'miss') AS misses, count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
-    count(*) FILTER (outcome = 'duplicate') AS duplicates,
-    count(*) FILTER (line IN ('credited', 'imported') AND seconds IS NULL) AS unmeasured_hits,
-    coalesce(sum(seconds) FILTER (line = 'spent'), 0) AS spent_seconds,
-    coalesce(sum(seconds) FILTER (line = 'credited'), 0) AS credited_seconds,
-    coalesce(sum(seconds) FILTER (line = 'imported'), 0) AS imported_seconds,
-    coalesce(sum(seconds) FILTER (line = 'duplicate'), 0) AS duplicate_seconds,
-    sum(overhead_seconds) AS overhead_seconds, sum(verification_seconds) AS verification_seconds,
+SELECT run, client, task, {sums},
     coalesce(sum(seconds) FILTER (line IN ('credited', 'imported')), 0) - sum(overhead_seconds) AS net_seconds,
     count(*) FILTER (outcome = 'hit') / nullif(count(*) FILTER (outcome IN ('hit', 'miss', 'uncacheable')), 0) AS hit_rate,
     coalesce(sum(seconds) FILTER (line IN ('credited', 'imported')), 0)
@@ -219,4 +244,4 @@ FROM pairs JOIN held b ON b.model = model_b LEFT JOIN held a ON a.model = model_
 UNION ALL
 SELECT names_a, names_b, a.path, 'removed', a.class, a.bytes, model_a, model_b
 FROM pairs JOIN held a ON a.model = model_a LEFT JOIN held b ON b.model = model_b AND b.path = a.path WHERE b.model IS NULL;
-"""
+""".replace("{sums}", SUMS)

@@ -120,6 +120,14 @@ def _isolating_option(command: Sequence[str]) -> str | None:
     return None
 
 
+def cannot_run(command: Sequence[str], error: OSError) -> CommandError:
+    """What to raise where a command could not be started: exit code 127 for one that is not there, else 126, as in a shell."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        hint = "is it installed in this environment?"
+        return CommandError(f"command not found: {command[0]}", hint=hint, path=command[0], exit_code=127)
+    return CommandError(f"cannot run {command[0]}: {error.strerror}", path=command[0], exit_code=126)
+
+
 def warn_unreachable(command: Sequence[str]) -> None:
     """Say on stderr that a command keeps evalcache out, where it does."""
     if (option := find_unreachable(command)) is not None:
@@ -153,9 +161,5 @@ def run_command(
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
         os.execvpe(command[0], list(command), environment)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CommandError(
-            f"command not found: {command[0]}", hint="is it installed in this environment?", path=command[0], exit_code=127
-        ) from error
     except OSError as error:
-        raise CommandError(f"cannot run {command[0]}: {error.strerror}", path=command[0], exit_code=126) from error
+        raise cannot_run(command, error) from error

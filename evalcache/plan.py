@@ -23,9 +23,9 @@ from typing import Any
 from evalcache.budget import Budget, budget_environment
 from evalcache.differences import Difference, compare_fields, find_nearest_model, read_fields, read_manifest, say_differences
 from evalcache.digest import digest_bytes
-from evalcache.errors import CommandError, LedgerError, PlanError
+from evalcache.errors import LedgerError, PlanError
 from evalcache.estimates import Estimates, Seconds, add_seconds
-from evalcache.launch import find_unreachable, is_off, launch_environment
+from evalcache.launch import cannot_run, find_unreachable, is_off, launch_environment
 from evalcache.ledger import Ask, Ledger
 from evalcache.prices import Prices, read_prices
 from evalcache.printing import print_table, visible
@@ -167,7 +167,7 @@ def make_plan(
         try:
             done = subprocess.run(list(command), env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
         except OSError as error:
-            raise CommandError(f"cannot run {command[0]}: {error.strerror}", path=command[0], exit_code=127) from error
+            raise cannot_run(command, error) from error
         told = [
             json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"), key=lambda file: file.stat().st_mtime)
         ]

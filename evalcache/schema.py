@@ -212,51 +212,6 @@ SELECT m.* EXCLUDE (manifest), n.names, row_number() OVER (ORDER BY m.first_seen
 FROM (SELECT * FROM models QUALIFY row_number() OVER (PARTITION BY digest ORDER BY first_seen) = 1) m
 LEFT JOIN (SELECT model AS digest, list(DISTINCT name ORDER BY name) AS names FROM model_names GROUP BY model) n USING (digest);
 
--- What each run reused and what that saved. saved = credits of hits − our own overhead. Duplicates are a line of their own, with
--- the hits on what the run itself had computed before.
-CREATE VIEW hits_by_run AS
-WITH known AS (
-    SELECT run FROM runs UNION SELECT run FROM run_ends UNION SELECT run FROM lookups UNION SELECT run FROM overheads
-), started AS (
-    SELECT run, min(started_at) AS started_at, arg_min(command, started_at) AS command, arg_min(client, started_at) AS client,
-        count(DISTINCT (store, seq)) AS processes
-    FROM runs GROUP BY run
-), ended AS (
-    SELECT run, max(ended_at) AS ended_at, count(DISTINCT (store, seq)) AS processes,
-        CASE WHEN bool_or(status = 'failed') THEN 'failed' WHEN bool_or(status = 'interrupted') THEN 'interrupted'
-            ELSE max(status) END AS status
-    FROM run_ends GROUP BY run
-), asked AS (
-    SELECT run,
-        count(*) FILTER (outcome = 'hit') AS hits,
-        count(*) FILTER (outcome = 'miss') AS misses,
-        count(*) FILTER (outcome = 'uncacheable') AS uncacheable,
-        count(*) FILTER (outcome = 'duplicate') AS duplicates,
-        count(*) FILTER (outcome = 'hit' AND seconds IS NULL AND reason IS DISTINCT FROM 'own') AS unmeasured_hits,
-        coalesce(sum(seconds) FILTER (outcome = 'hit' AND reason IS DISTINCT FROM 'own'), 0) AS credited_seconds,
-        coalesce(sum(seconds) FILTER (outcome = 'duplicate' OR reason = 'own'), 0) AS duplicate_seconds,
-        coalesce(sum(seconds) FILTER (outcome IN ('miss', 'uncacheable')), 0) AS spent_seconds
-    FROM (SELECT DISTINCT ON (store, seq, n) * FROM lookups) GROUP BY run
-), own AS (
-    SELECT run, sum(seconds) AS seconds FROM (SELECT DISTINCT ON (store, seq, kind) * FROM overheads) GROUP BY run
-), loads AS (
-    SELECT run, count(*) AS loads FROM (SELECT DISTINCT ON (store, seq) * FROM model_loads) GROUP BY run
-)
-SELECT known.run, started.started_at, ended.ended_at,
-    CASE WHEN ended.run IS NULL OR ended.processes < started.processes THEN 'unfinished' ELSE ended.status END AS status,
-    started.command, started.client,
-    coalesce(hits, 0) AS hits, coalesce(misses, 0) AS misses, coalesce(uncacheable, 0) AS uncacheable,
-    coalesce(duplicates, 0) AS duplicates, coalesce(loads, 0) AS model_loads,
-    coalesce(credited_seconds, 0) - coalesce(own.seconds, 0) AS saved_seconds,
-    coalesce(credited_seconds, 0) AS credited_seconds, coalesce(own.seconds, 0) AS overhead_seconds,
-    coalesce(duplicate_seconds, 0) AS duplicate_seconds, coalesce(spent_seconds, 0) AS spent_seconds,
-    coalesce(unmeasured_hits, 0) AS unmeasured_hits,
-    hits / nullif(hits + misses + uncacheable, 0) AS hit_rate,
-    credited_seconds / nullif(credited_seconds + spent_seconds, 0) AS hit_rate_by_seconds
-FROM known LEFT JOIN started USING (run) LEFT JOIN ended USING (run) LEFT JOIN asked USING (run)
-LEFT JOIN own USING (run) LEFT JOIN loads USING (run)
-ORDER BY started.started_at DESC NULLS LAST, known.run;
-
 -- The same request apart from the model: each pair of answers once, the model that was met first on the left.
 CREATE VIEW outputs_side_by_side AS
 SELECT a.kind, ma.names AS names_a, mb.names AS names_b,
