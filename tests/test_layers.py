@@ -44,6 +44,7 @@ LEVELS = {
     "tensors": 2.5,  # one tensor of a module → its record
     "interception": 2.6,  # hooks, instance methods, modes
     "adapters": 2.5,  # PEFT's layers
+    "walk": 2.9,  # one pass over a live model
     "weights": 3,
     "checkpoint": 3,
     "identity": 3.5,  # a checkpoint with its configs and code
@@ -109,7 +110,7 @@ DOORS = {
     "duckdb": {"ledger"},
     "jinja2": {"report"},
     "pynvml": {"measuring"},
-    "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "weights", "wrappers"},
+    "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "walk", "weights", "wrappers"},
     "transformers": {"environment", "integrations"},
     "vl_convert": {"report"},
     "xxhash": {"digest"},
