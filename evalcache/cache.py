@@ -41,7 +41,7 @@ from evalcache.manifest import Manifest
 from evalcache.measuring import Meter
 from evalcache.outbox import Outbox
 from evalcache.provenance import describe_run
-from evalcache.records import Action, Entry, Hit, Lookup, Miss, Policy, Result
+from evalcache.records import Action, Entry, Lookup, Miss, Policy, Result
 from evalcache.serving import Labels, Made, Serving, Told
 from evalcache.store import Store
 from evalcache.watch import Batch, Watch
@@ -389,12 +389,12 @@ class Cache:
     def _look_up(self, keys: list[Digest], all_or_none: bool) -> dict[Digest, Lookup]:
         found = self._read(keys) if self.policy.reads else {}
         lookups = {key: decide(self.policy, key, found.get(key)) for key in keys}
-        if all_or_none and not all(isinstance(lookup, Hit) for lookup in lookups.values()):
-            return {key: Miss("batch") if isinstance(lookup, Hit) else lookup for key, lookup in lookups.items()}
+        if all_or_none and not all(isinstance(lookup, Entry) for lookup in lookups.values()):
+            return {key: Miss("batch") if isinstance(lookup, Entry) else lookup for key, lookup in lookups.items()}
         return lookups
 
-    def _look_again(self, keys: list[Digest]) -> dict[Digest, Hit]:
-        return {key: Hit(entry) for key, entry in self._read(keys).items() if isinstance(entry, Entry)}
+    def _look_again(self, keys: list[Digest]) -> dict[Digest, Entry]:
+        return {key: entry for key, entry in self._read(keys).items() if isinstance(entry, Entry)}
 
     def _meet(self, watch: Watch, manifest: Manifest) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evalcache.digest import Digest
 from evalcache.errors import FrameError, ReplayMissError
-from evalcache.records import Entry, Hit, Lookup, Miss, Policy, Uncacheable
+from evalcache.records import Entry, Lookup, Miss, Policy, Uncacheable
 
 
 def decide(policy: Policy, key: Digest, found: Entry | FrameError | None) -> Lookup:
@@ -21,7 +21,7 @@ def decide(policy: Policy, key: Digest, found: Entry | FrameError | None) -> Loo
     if policy is Policy.REFRESH:
         return Miss("refresh")
     if isinstance(found, Entry):
-        return Hit(found)
+        return found
     miss = Miss("absent" if found is None else "corrupt")
     if policy is Policy.REPLAY:
         raise ReplayMissError(

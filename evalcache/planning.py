@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from evalcache.cache import Cache
 from evalcache.digest import Digest
 from evalcache.key import keys_of
-from evalcache.records import Action, Environment, Hit, Lookup, Policy
+from evalcache.records import Action, Entry, Environment, Lookup, Policy
 from evalcache.serving import Labels, Serving
 from evalcache.watch import Watch
 
@@ -116,9 +116,9 @@ class PlanCache(Cache):
             group = self.group(asked_kind, action.request.kind, tasks[place] if tasks else "")
             if key in seen or key in self._missed:
                 group.duplicates += 1
-            elif isinstance(lookup, Hit) and not self.refresh:
+            elif isinstance(lookup, Entry) and not self.refresh:
                 group.hits += 1
-                cost = lookup.entry.result.cost
+                cost = lookup.result.cost
                 group.hit_seconds += cost.seconds if cost else 0.0
                 group.unmeasured_hits += cost is None
             else:

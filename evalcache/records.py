@@ -213,7 +213,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored Result and who made it. What it answers is read by `Store.get_question`, only on demand.
+    """A stored Result and who made it: a hit, where it is what a lookup finds. What it answers is read by
+    `Store.get_question`, only on demand.
 
     Args:
         key: the Action's key.
@@ -224,13 +225,6 @@ class Entry:
     result: Result
     run: str
     created_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """The stored entry answers the request."""
-
-    entry: Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +242,8 @@ class Uncacheable:
     detail: str = ""
 
 
-Lookup = Hit | Miss | Uncacheable
+Lookup = Entry | Miss | Uncacheable
+"""What becomes of a request: the stored entry answers it, or it is computed."""
 
 
 class Policy(enum.Enum):

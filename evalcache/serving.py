@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from evalcache.digest import Digest
 from evalcache.errors import StoreError
 from evalcache.leases import Leases
-from evalcache.records import Action, Hit, Lookup, Result, Uncacheable
+from evalcache.records import Action, Entry, Lookup, Result, Uncacheable
 
 Made = tuple[Digest, Action, Result]
 """A computed entry that waits for its check."""
@@ -71,7 +71,7 @@ class Serving:
         labels: Labels | None = None,
         *,
         leases: Leases | None = None,
-        look: Callable[[list[Digest]], Mapping[Digest, Hit]] = lambda keys: {},
+        look: Callable[[list[Digest]], Mapping[Digest, Entry]] = lambda keys: {},
         fault: Callable[[StoreError], None] = lambda error: None,
         together: bool = False,
         looked_at: float | None = None,
@@ -87,7 +87,7 @@ class Serving:
         self._first: dict[Digest, int] = {}
         for position, key in enumerate(keys):
             self._first.setdefault(key, position)
-        self._results = {key: lookup.entry.result for key, lookup in lookups.items() if isinstance(lookup, Hit)}
+        self._results = {key: lookup.result for key, lookup in lookups.items() if isinstance(lookup, Entry)}
         self._made: list[Made] = []
         self._handed_at = time.monotonic()
         self._leases = leases
@@ -109,7 +109,7 @@ class Serving:
     @property
     def hit_count(self) -> int:
         """How many requests the store answered, equal ones counted each."""
-        return sum(isinstance(self._lookups[key], Hit) for key in self._keys)
+        return sum(isinstance(self._lookups[key], Entry) for key in self._keys)
 
     def claims(self, portions: Iterable[Sequence[int]]) -> Iterator[list[int]]:
         """What to compute now of the missing positions, portion by portion; each has to be `put` before the next is asked for.
@@ -238,9 +238,9 @@ class Serving:
         found = self._look([self._keys[position] for position in positions])
         if self._together and len(found) < len(positions):
             return
-        for key, hit in found.items():
-            self._lookups[key] = hit
-            self._results[key] = hit.entry.result
+        for key, entry in found.items():
+            self._lookups[key] = entry
+            self._results[key] = entry.result
 
     def _left(self, positions: list[int]) -> list[int]:
         return [position for position in positions if self._keys[position] not in self._results]
@@ -288,13 +288,13 @@ class Serving:
         merged = len(self._first) < len(self._keys)
         for position, key in enumerate(self._keys):
             result, lookup = self._results.get(key), self._lookups[key]
-            hit = lookup if isinstance(lookup, Hit) else None
+            hit = lookup if isinstance(lookup, Entry) else None
             if result is None or (computed_only and hit):
                 continue
             if merged and self._first[key] != position:
                 outcome, reason = "duplicate", ""
             elif hit:
-                outcome, reason = "hit", "own" if self._run and hit.entry.run == self._run else ""
+                outcome, reason = "hit", "own" if self._run and hit.run == self._run else ""
             else:
                 outcome, reason = ("uncacheable" if isinstance(lookup, Uncacheable) else "miss"), lookup.reason
             cost = result.cost
@@ -303,7 +303,7 @@ class Serving:
             told.reasons.append(reason)
             told.seconds.append(cost.seconds if cost else None)
             told.devices.append(cost.device if cost else "")
-            told.origins.append(hit.entry.run if hit else "")
+            told.origins.append(hit.run if hit else "")
             if self._labels.tasks:
                 told.tasks.append(self._labels.tasks[position])
             if self._labels.documents:

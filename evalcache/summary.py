@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from evalcache.digest import Digest
+from evalcache.digest import ALGORITHM, Digest
 
 _DIGITS = 12
 
@@ -47,7 +47,7 @@ def format_summary(counts: Counts, ledger: str, *, why: Sequence[str] = (), rank
         parts.append(f"no hits: {'; '.join(why)}")
     digests = list(dict.fromkeys(counts.models.values()))
     if digests:
-        shown = ", ".join(f"{digest.algorithm}:{digest.hex[:_DIGITS]}…" for digest in digests)
+        shown = ", ".join(f"{ALGORITHM}:{digest.hex[:_DIGITS]}…" for digest in digests)
         parts.append(f"{'model' if len(digests) == 1 else 'models'} {shown}")
     parts.append(f"ledger {ledger}")
     rank = f" (rank 0 of {ranks}; `evalcache stats --run last` adds all up)" if ranks > 1 else ""

@@ -7,7 +7,7 @@ import pytest
 from evalcache.decide import decide
 from evalcache.digest import digest_bytes
 from evalcache.errors import FrameError, ReplayMissError
-from evalcache.records import Entry, Hit, Miss, Policy, Result, Uncacheable
+from evalcache.records import Entry, Miss, Policy, Result, Uncacheable
 
 KEY = digest_bytes(b"key")
 ENTRY = Entry(KEY, Result(text="answer"), "run", 1.0)
@@ -15,16 +15,16 @@ FAULT = FrameError("altered", key=KEY)
 REPLAY_MISS = object()
 
 CASES = {
-    (Policy.USE, "entry"): Hit(ENTRY),
+    (Policy.USE, "entry"): ENTRY,
     (Policy.USE, "nothing"): Miss("absent"),
     (Policy.USE, "fault"): Miss("corrupt"),
-    (Policy.READ_ONLY, "entry"): Hit(ENTRY),
+    (Policy.READ_ONLY, "entry"): ENTRY,
     (Policy.READ_ONLY, "nothing"): Miss("absent"),
     (Policy.READ_ONLY, "fault"): Miss("corrupt"),
     (Policy.REFRESH, "entry"): Miss("refresh"),
     (Policy.REFRESH, "nothing"): Miss("refresh"),
     (Policy.REFRESH, "fault"): Miss("refresh"),
-    (Policy.REPLAY, "entry"): Hit(ENTRY),
+    (Policy.REPLAY, "entry"): ENTRY,
     (Policy.REPLAY, "nothing"): "absent",
     (Policy.REPLAY, "fault"): "corrupt",
     (Policy.OFF, "entry"): Uncacheable("off"),
@@ -55,4 +55,4 @@ def test_reading_and_writing_are_what_the_table_says() -> None:
     assert {policy for policy in Policy if policy.writes} == {Policy.USE, Policy.REFRESH}
     for policy in Policy:
         served = CASES[policy, "entry"]
-        assert policy.reads == isinstance(served, Hit)
+        assert policy.reads == isinstance(served, Entry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import numpy as np
 import pytest
@@ -48,13 +47,14 @@ def test_what_is_no_digest_is_refused(text: str) -> None:
         Digest.parse(text)
 
 
-def test_another_algorithm_is_another_digest() -> None:
-    value = bytes(16)
-    assert Digest(value) != Digest(value, "sha256")
-    assert Digest(value) != value
-    assert len({Digest(value), Digest(value), Digest(value, "sha256")}) == 2
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Digest(value).value = b""
+def test_a_digest_is_its_bytes() -> None:
+    value = bytes(range(16))
+    digest = Digest(value)
+    assert digest == value and type(digest.value) is bytes and digest.value == value
+    assert {value: 1}[digest] == 1 and len({digest, Digest(value), Digest(bytes(16))}) == 2
+    assert eval(repr(digest)) == digest
+    with pytest.raises(AttributeError):
+        digest.value = b""
 
 
 def test_any_buffer_is_hashed_by_its_bytes() -> None:

@@ -21,7 +21,6 @@ from evalcache.records import (
     Entry,
     Environment,
     Fields,
-    Hit,
     Miss,
     Request,
     Result,
@@ -90,7 +89,7 @@ def test_records_are_frozen() -> None:
     request = Request("generate", b"")
     action = Action(KEY, request, Environment(NO_FIELDS))
     entry = Entry(KEY, Result(), "run", 1.0)
-    for record in (request, action, entry, Hit(entry), Miss("absent"), Uncacheable("off"), Cost(0.0, 0, 0, "", 1), entry.result):
+    for record in (request, action, entry, Miss("absent"), Uncacheable("off"), Cost(0.0, 0, 0, "", 1), entry.result):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, dataclasses.fields(record)[0].name, None)
 
