@@ -129,31 +129,51 @@ FROM own JOIN run_spans s USING (run) LEFT JOIN used USING (run)
 LEFT JOIN run_devices r ON r.run = own.run AND r.device = used.device
 WHERE own.run NOT IN (SELECT run FROM each);
 
--- Loads of models: those that were made, and those that a run was spared which hit everything that it asked of a model. A load
--- that was spared is credited with the fastest that earlier runs made of that model; where none was measured there is no row.
+-- Loads of models, each once. devices: those that the run computed that model's answers on, else whatever it computed on.
+CREATE VIEW loads_once AS
+WITH alone AS (
+    SELECT run, any_value(model) AS model FROM (SELECT DISTINCT run, model FROM model_names) GROUP BY run HAVING count(*) = 1
+), told AS (
+    SELECT l.* EXCLUDE (model), coalesce(nullif(l.model, '00000000000000000000000000000000'), alone.model) AS model
+    FROM (SELECT DISTINCT ON (store, seq) * FROM model_loads) l LEFT JOIN alone USING (run)
+), computed AS (
+    SELECT run, model, list(DISTINCT device ORDER BY device) AS devices
+    FROM lookups WHERE outcome = 'miss' AND device IS NOT NULL GROUP BY run, model
+), used AS (
+    SELECT run, list(device ORDER BY device) AS devices FROM run_devices GROUP BY run
+)
+SELECT t.store, t.seq, t.run, s.started_at, t.model, t.seconds, coalesce(c.devices, used.devices, []) AS devices
+FROM told t LEFT JOIN run_spans s USING (run) LEFT JOIN computed c ON c.run = t.run AND c.model = t.model
+LEFT JOIN used ON used.run = t.run;
+
+-- Loads of models: those that were made, and those that a run was spared which hit everything that it asked of a model that an
+-- earlier run had loaded. A load that was spared is credited with the last one that an earlier run measured of that model on the
+-- same device, which is the one that the answers were computed on; where none was: NULL, and an unmeasured load.
 CREATE VIEW audit_loads AS
 WITH met AS (
-    SELECT DISTINCT run, model FROM model_names
-), alone AS (
-    SELECT run, any_value(model) AS model FROM met GROUP BY run HAVING count(*) = 1
-), loaded AS (
-    SELECT l.run, coalesce(nullif(l.model, '00000000000000000000000000000000'), alone.model) AS model, l.seconds
-    FROM (SELECT DISTINCT ON (store, seq) * FROM model_loads) l LEFT JOIN alone USING (run)
-), fastest AS (
-    SELECT model, started_at, min(seconds) OVER (PARTITION BY model ORDER BY started_at) AS seconds
-    FROM loaded JOIN run_spans USING (run) WHERE model IS NOT NULL AND started_at IS NOT NULL
+    SELECT model, min(started_at) AS started_at FROM loads_once WHERE model IS NOT NULL GROUP BY model
+), measured AS (
+    SELECT model, started_at, device, arg_max(seconds, (seq, store)) AS seconds
+    FROM (SELECT *, unnest(devices) AS device FROM loads_once WHERE model IS NOT NULL AND started_at IS NOT NULL)
+    GROUP BY run, model, started_at, device
 ), asleep AS (
-    SELECT run, model, started_at
-    FROM (SELECT run, model FROM lookups WHERE model IS NOT NULL GROUP BY run, model
-        HAVING bool_or(outcome = 'hit') AND NOT bool_or(outcome = 'miss')) JOIN run_spans USING (run)
-    WHERE run NOT IN (SELECT run FROM loaded WHERE model IS NULL)
-        AND (run, model) NOT IN (SELECT (run, model) FROM loaded WHERE model IS NOT NULL)
+    SELECT run, a.model, s.started_at, a.devices
+    FROM (SELECT run, model, list(DISTINCT device) FILTER (outcome = 'hit' AND device IS NOT NULL) AS devices
+        FROM lookups WHERE model IS NOT NULL GROUP BY run, model
+        HAVING bool_or(outcome = 'hit') AND NOT bool_or(outcome = 'miss')) a JOIN run_spans s USING (run) JOIN met USING (model)
+    WHERE met.started_at < s.started_at AND run NOT IN (SELECT run FROM loads_once WHERE model IS NULL)
+        AND (run, a.model) NOT IN (SELECT (run, model) FROM loads_once WHERE model IS NOT NULL)
+), credited AS (
+    SELECT run, a.model, arg_max(m.seconds, (m.started_at, m.device)) AS seconds
+    FROM (SELECT run, model, started_at, unnest(devices) AS device FROM asleep) a
+    ASOF JOIN measured m ON m.model = a.model AND m.device = a.device AND a.started_at > m.started_at GROUP BY run, a.model
 )
-SELECT run, model, count(*) AS loads, sum(seconds) AS load_seconds, 0 AS avoided_loads, 0.0 AS avoided_load_seconds
-FROM loaded GROUP BY run, model
+SELECT run, model, count(*) AS loads, sum(seconds) AS load_seconds, 0 AS avoided_loads, 0.0 AS avoided_load_seconds,
+    0 AS unmeasured_loads
+FROM loads_once GROUP BY run, model
 UNION ALL
-SELECT a.run, a.model, 0, 0.0, 1, f.seconds
-FROM asleep a ASOF JOIN fastest f ON f.model = a.model AND a.started_at >= f.started_at;
+SELECT run, model, 0, 0.0, 1, seconds, (seconds IS NULL)::INTEGER
+FROM asleep LEFT JOIN credited USING (run, model);
 
 -- The audit, a row a run.
 CREATE VIEW audit_by_run AS
@@ -162,7 +182,7 @@ WITH sums AS (
     FROM audit_requests GROUP BY run
 ), loads AS (
     SELECT run, sum(loads) AS loads, sum(load_seconds) AS load_seconds, sum(avoided_loads) AS avoided_loads,
-        sum(avoided_load_seconds) AS avoided_load_seconds
+        sum(avoided_load_seconds) AS avoided_load_seconds, sum(unmeasured_loads) AS unmeasured_loads
     FROM audit_loads GROUP BY run
 ), energy AS (
     SELECT run, sum(energy_joules) AS energy_joules, max(peak_bytes) AS peak_bytes FROM run_devices GROUP BY run
@@ -176,6 +196,7 @@ SELECT s.*, coalesce(requests, 0) AS requests, coalesce(hits, 0) AS hits, coales
     coalesce(credited_seconds + imported_seconds - overhead_seconds, 0) AS net_seconds,
     coalesce(loads, 0)::BIGINT AS loads, coalesce(load_seconds, 0) AS load_seconds,
     coalesce(avoided_loads, 0)::BIGINT AS avoided_loads, coalesce(avoided_load_seconds, 0) AS avoided_load_seconds,
+    coalesce(unmeasured_loads, 0)::BIGINT AS unmeasured_loads,
     energy_joules, peak_bytes, hits / nullif(hits + misses + uncacheable, 0) AS hit_rate,
     (credited_seconds + imported_seconds) / nullif(credited_seconds + imported_seconds + spent_seconds, 0) AS hit_rate_by_seconds
 FROM run_spans s LEFT JOIN sums USING (run) LEFT JOIN loads USING (run) LEFT JOIN energy USING (run)
@@ -244,4 +265,30 @@ FROM pairs JOIN held b ON b.model = model_b LEFT JOIN held a ON a.model = model_
 UNION ALL
 SELECT names_a, names_b, a.path, 'removed', a.class, a.bytes, model_a, model_b
 FROM pairs JOIN held a ON a.model = model_a LEFT JOIN held b ON b.model = model_b AND b.path = a.path WHERE b.model IS NULL;
+
+-- What changed from each model to the next one of its family, block by block. A family: models of one class with as many
+-- parameters, in the order in which the ledger met them. A block: a layer with all that is in it, or a module outside of layers.
+-- modules, bytes: of the block in b, and what b lacks of a. modules_changed, bytes_changed: of these, those that differ in
+-- themselves, are added, or removed. weights_changed: modules whose own tensors differ, which by a change of code they do not.
+CREATE VIEW model_blocks_changed AS
+WITH held AS (
+    SELECT DISTINCT ON (model, path) *,
+        coalesce(nullif(regexp_extract(path, '^(.*?[.][0-9]+)([.]|$)', 1), ''), path) AS block
+    FROM modules
+), pairs AS (
+    SELECT class, place, names AS names_b, digest AS model_b, lag(digest) OVER family AS model_a, lag(names) OVER family AS names_a
+    FROM models_in_order WINDOW family AS (PARTITION BY class, parameters ORDER BY place)
+), compared AS (
+    SELECT p.*, b.block, b.bytes, a.model IS NULL OR a.own <> b.own AS changed, a.model IS NULL OR a.weights <> b.weights AS weighed
+    FROM pairs p JOIN held b ON b.model = p.model_b LEFT JOIN held a ON a.model = p.model_a AND a.path = b.path
+    WHERE p.model_a IS NOT NULL
+    UNION ALL
+    SELECT p.*, a.block, a.bytes, TRUE, TRUE
+    FROM pairs p JOIN held a ON a.model = p.model_a LEFT JOIN held b ON b.model = p.model_b AND b.path = a.path
+    WHERE b.model IS NULL
+)
+SELECT class, names_a, names_b, block, count(*) AS modules, count(*) FILTER (changed) AS modules_changed,
+    count(*) FILTER (weighed) AS weights_changed, sum(bytes)::BIGINT AS bytes,
+    coalesce(sum(bytes) FILTER (changed), 0)::BIGINT AS bytes_changed, model_a, model_b, place
+FROM compared GROUP BY ALL ORDER BY place, block;
 """.replace("{sums}", SUMS)
