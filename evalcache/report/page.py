@@ -5,16 +5,22 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import importlib.metadata
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from evalcache.audit import audit
 from evalcache.errors import ReportError
+from evalcache.figures import FIGURES
 from evalcache.ledger import Ledger
 from evalcache.prices import Prices
 from evalcache.printing import visible
+from evalcache.report import sections
+from evalcache.report.answers import answers
+from evalcache.report.gather import gather
+from evalcache.report.tables import figure_cell, one_line
+from evalcache.summary import format_seconds
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -36,12 +42,29 @@ def page(
     Raises:
         ReportError: what draws the page is not installed. LedgerLockedError, AuditError: as `audit.audit`.
     """
-    report = audit(Ledger(ledger_path), since=since, by="task", prices=prices, grid=grid)
-    made_at = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    gathered = gather(Ledger(ledger_path), since=since, prices=prices, grid=grid)
+    report = gathered.by_task
+    made_at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
     return (
         _environment()
         .get_template("page.html")
-        .render(report=report, made_at=made_at.isoformat(sep=" ").removesuffix("+00:00"), live=live, policy=_policy(live))
+        .render(
+            live=live,
+            policy=_policy(live),
+            made_at=made_at,
+            version=importlib.metadata.version("llm-evalcache"),
+            gathered=gathered,
+            report=report,
+            total=report.total.figures,
+            figures=FIGURES,
+            over_time=sections.over_time(gathered),
+            by_task=sections.by_task(gathered),
+            by_model=sections.by_model(gathered),
+            misses=sections.misses(gathered),
+            expensive=sections.expensive(gathered),
+            families=[(family, sections.changes(family)) for family in gathered.families],
+            pairs=[(pair, answers(pair)) for pair in gathered.pairs],
+        )
     )
 
 
@@ -85,5 +108,6 @@ def _environment() -> Any:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.globals["source"] = lambda name: markupsafe.Markup(_source(name))
+    environment.globals |= {"source": lambda name: markupsafe.Markup(_source(name)), "cell": figure_cell, "one_line": one_line}
+    environment.filters |= {"drawing": markupsafe.Markup, "seconds": format_seconds}
     return environment
