@@ -11,9 +11,10 @@ end of the process, start-up and imports in both. What is claimed for the same d
 
 seconds that were measured when the entries were first computed, of requests that were hits (credited; imported ones, too) and of
 those that were merged with an equal one or hit what the run itself had computed (merged: the bare run asks for each of them),
-seconds that loading a model took when it was loaded, of models that stayed asleep (loads), less the seconds that evalcache itself
-took in the cached run (overhead). Two things are on the clock and in no claim: importing evalcache, and what a client does for a
-request only where it is computed (padding, tokens to text). Both runs pay for what was missed or could not be cached.
+seconds that loading a model took when it was last loaded on the same device, of models that stayed asleep (loads), less the
+seconds that evalcache itself took in the cached run (overhead). Two things are on the clock and in no claim: importing evalcache,
+and what a client does for a request only where it is computed (padding, tokens to text). Both runs pay for what was missed or
+could not be cached.
 
 Three runs are not judged: one that reused nothing; one of several processes, whose requests save seconds in each while the clock
 sees them once; and one for which claim and clock both say less than `LEAST_SHARE` of the bare run, which is too little to tell
@@ -57,7 +58,8 @@ class Claim:
 
     Args:
         duplicate_seconds: of requests that were merged, or that hit what the run itself had computed.
-        avoided_load_seconds: of models that were not loaded, where it is known what a load takes.
+        avoided_load_seconds: of models that were not loaded, at their last load on the same device; unmeasured_loads: how many of
+            these were not loaded there before.
         overhead_seconds: that evalcache itself took. processes: how many have told of the run.
     """
 
@@ -67,6 +69,7 @@ class Claim:
     duplicates: int = 0
     unmeasured_hits: int = 0
     avoided_loads: int = 0
+    unmeasured_loads: int = 0
     credited_seconds: float = 0.0
     imported_seconds: float = 0.0
     duplicate_seconds: float = 0.0
@@ -163,6 +166,10 @@ class Comparison:
         ]
         if claim.unmeasured_hits:
             found.append(f"A/B: {claim.unmeasured_hits:,} hits were never measured, and are claimed as nothing")
+        if claim.unmeasured_loads:
+            found.append(
+                f"A/B: {claim.unmeasured_loads} avoided loads were never measured on this device: they are claimed as nothing"
+            )
         if self.why_not:
             found.append(f"A/B: nothing to compare: {self.why_not}")
         else:

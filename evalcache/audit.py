@@ -16,7 +16,7 @@ from typing import Any
 from evalcache.auditviews import SUMS
 from evalcache.digest import Digest
 from evalcache.errors import AuditError
-from evalcache.figures import Counted, Report, Row
+from evalcache.figures import NO_LOADS, Counted, Report, Row
 from evalcache.ledger import Ask, Ledger
 from evalcache.misses import explain_causes
 from evalcache.names import find_run
@@ -233,7 +233,8 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
     def loads(group: str) -> dict[str | None, tuple[Any, ...]]:
         return parts(
             f"SELECT {group} AS grp, sum(loads)::BIGINT, sum(load_seconds), sum(avoided_loads)::BIGINT, "
-            f"sum(avoided_load_seconds) FROM audit_loads r JOIN chosen s USING (run) {tags if 't.' in group else ''} GROUP BY grp"
+            f"coalesce(sum(avoided_load_seconds), 0), sum(unmeasured_loads)::BIGINT FROM audit_loads r JOIN chosen s USING (run) "
+            f"{tags if 't.' in group else ''} GROUP BY grp"
         )
 
     def energy(group: str) -> dict[str | None, tuple[Any, ...]]:
@@ -265,7 +266,7 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
             counted.figures(
                 subrows,
                 (once.get(group) or (0.0,))[0] or 0.0,
-                None if loaded is None else loaded.get(group, (0, 0.0, 0, 0.0)),
+                None if loaded is None else loaded.get(group, NO_LOADS),
                 None if joules is None else (joules.get(group) or (None,))[0],
             ),
         )
@@ -276,7 +277,7 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
     total = counted.figures(
         every,
         (first("''", "").get("") or (0.0,))[0] or 0.0,
-        loads("''").get("", (0, 0.0, 0, 0.0)),
+        loads("''").get("", NO_LOADS),
         (energy("''").get("") or (None,))[0],
     )
     return rows, Row(None, "total", total)

@@ -110,13 +110,16 @@ def _overview(report: Report) -> Iterator[tuple[str, str]]:
         "reused",
         (f"{_said('reused_seconds', total)}, by entries that cost {_said('first_computed_seconds', total)} when first computed"),
     )
-    if total["imported_hits"]:
-        yield "  of these imported", f"{_said('imported_seconds', total)} in {total['imported_hits']:,} hits"
-    yield "overhead", f"{_said('overhead_seconds', total)}, of which checks of models {_said('verification_seconds', total)}"
+    across = total["hits"] - total["own_hits"] - total["imported_hits"]
+    yield "  across runs", f"{_said('credited_seconds', total)} in {across:,} hits"
+    yield "  imported", f"{_said('imported_seconds', total)} in {total['imported_hits']:,} hits"
+    yield "overhead", f"{_said('overhead_seconds', total)}, all that evalcache itself took"
+    yield "  verification", f"{_said('verification_seconds', total)} of it, for checks of models"
     yield "net", f"{_said('net_seconds', total)} (reused less overhead)"
     merged, avoided, loads = total["duplicate_seconds"], total["avoided_loads"] or 0, total["loads"] or 0
     yield "merged", f"{format_seconds(merged)} with an equal request, or computed by the run itself"
-    yield "loads avoided", f"{avoided:,} ({_said('avoided_load_seconds', total)})"
+    unmeasured = f", {total['unmeasured_loads']:,} of them not measured" if total["unmeasured_loads"] else ""
+    yield "loads avoided", f"{avoided:,} ({_said('avoided_load_seconds', total)}{unmeasured})"
     yield "loads", f"{loads:,} ({_said('load_seconds', total)})"
     if total["unmeasured_hits"]:
         yield "not measured", f"{total['unmeasured_hits']:,} hits, credited nothing"

@@ -38,8 +38,8 @@ SELECT count(*), avg(s), quantile_cont(s, 0.1), quantile_cont(s, 0.9) FROM (
     SELECT seconds * CASE WHEN most < $1 AND made >= most THEN $1 ELSE least(made, $1) END / greatest(made, 1) AS s
     FROM measured WHERE made IS NOT NULL AND """
 _LOADS = """
-SELECT count(*), avg(seconds), min(seconds), max(seconds) FROM (SELECT DISTINCT ON (store, seq) * FROM ledger.model_loads)
-WHERE run IN (SELECT run FROM ledger.model_names WHERE list_contains($1, model::VARCHAR))
+SELECT count(*), avg(seconds), min(seconds), max(seconds) FROM loads_once
+WHERE list_contains($1, model::VARCHAR) AND list_contains(devices, $2)
 """
 
 
@@ -70,6 +70,7 @@ class Estimates:
     def __init__(self, ask: Ask, device: str, root: str, class_name: str, parameters: int | None) -> None:
         self._ask = ask
         self._model = "-".join((root[:8], root[8:12], root[12:16], root[16:20], root[20:])) if root else ""
+        self._device = device
         self._family: list[str] = []
         ask(_MEASURED, [device])
         if parameters:
@@ -97,9 +98,9 @@ class Estimates:
         return None
 
     def of_loading(self) -> Seconds | None:
-        """What loading the model would take."""
+        """What loading the model would take: what it took on that device before."""
         for like, models in (("this model", [self._model]), ("models of this size", self._family)):
-            ((count, *each),) = self._ask(_LOADS, [models]).rows
+            ((count, *each),) = self._ask(_LOADS, [models, self._device]).rows
             if count:
                 return dataclasses.replace(_ordered(*each, count=count), like=like)
         return None

@@ -39,12 +39,17 @@ FIGURES: Mapping[str, Figure] = {
     "first_computed_seconds": Figure("s", _R, "what the entries behind reused_seconds cost, each counted once; does not add up"),
     "duplicate_seconds": Figure("s", _R, "what duplicates and own hits would have cost; in no other figure"),
     "overhead_seconds": Figure("s", _R, "that evalcache itself took; measured for a run, an equal share for each request"),
-    "verification_seconds": Figure("s", _R, "the part of overhead that checks of models took"),
+    "verification_seconds": Figure(
+        "s", _R, "spent on verification: checks of models, and probes; in overhead once, in no other figure"
+    ),
     "net_seconds": Figure("s", _R, "reused less overhead; may be negative"),
     "loads": Figure("loads", _L, "models that were loaded"),
     "load_seconds": Figure("s", _L, "that this took; in no other figure"),
-    "avoided_loads": Figure("loads", _L, "models of which all was hit and none was loaded, where an earlier load was measured"),
-    "avoided_load_seconds": Figure("s", _L, "the fastest earlier load of each of them; in no other figure"),
+    "avoided_loads": Figure("loads", _L, "models of which all was hit and none was loaded, and that an earlier run had loaded"),
+    "avoided_load_seconds": Figure("s", _L, "the last earlier load of each of them on the same device; in no other figure"),
+    "unmeasured_loads": Figure(
+        "loads", _L, "avoided loads of models that no earlier run loaded on that device; credited nothing"
+    ),
     "hit_rate": Figure("share", _R, "hits over hits, misses and uncacheables"),
     "hit_rate_by_seconds": Figure("share", _R, "reused over reused and spent: this is the one that counts"),
     "money_spent": Figure("currency", _R, "spent_seconds at the price of their device"),
@@ -69,7 +74,9 @@ _SECONDS = (
     "overhead_seconds",
     "verification_seconds",
 )
-_LOADS = ("loads", "load_seconds", "avoided_loads", "avoided_load_seconds")
+_LOADS = ("loads", "load_seconds", "avoided_loads", "avoided_load_seconds", "unmeasured_loads")
+NO_LOADS = (0, 0.0, 0, 0.0, 0)
+"""The figures of `_LOADS` of a group without any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ runs_made = st.builds(
     overhead=st.dictionaries(st.sampled_from(["fingerprint", "checks", "probe", "lookup", "sync"]), eighths, max_size=3),
     tags=st.lists(st.sampled_from(["nightly", "small"]), max_size=2, unique=True).map(tuple),
     model=st.sampled_from([BASE, TUNED]),
-    loads=st.lists(eighths, max_size=1),
+    loads=st.lists(eighths, max_size=2),
     measured=st.lists(st.tuples(st.sampled_from(DEVICES[:2]), st.integers(1, 4), st.none() | eighths), max_size=2),
 )
 ledgers = st.lists(runs_made, min_size=1, max_size=4)
@@ -219,9 +219,36 @@ def check_recounted(made: Made, report: Any) -> None:
         assert found["spent_seconds"] == seconds["miss"] + seconds["uncacheable"]
         assert found["first_computed_seconds"] == sum(first.values())
         assert found["overhead_seconds"] == pytest.approx(sum(run.overhead.values()))
-        assert found["load_seconds"] == sum(run.loads)
+        verification = sum(spent for kind, spent in run.overhead.items() if kind in ("checks", "probe"))
+        assert found["verification_seconds"] == pytest.approx(verification)  # a part of overhead, which net has lost once
+        reused = sum(cost_s or 0.0 for call in run.calls for line, _, _, _, cost_s, _ in call if line in ("credited", "imported"))
+        assert found["net_seconds"] == pytest.approx(reused - sum(run.overhead.values()))
+        assert (found["loads"], found["load_seconds"]) == (len(run.loads), sum(run.loads))
+        assert tuple(found[name] for name in SPARED) == spared_load(made.runs, int(row.group, 16) - 1)
         joules = [energy for _, _, energy in run.measured if energy is not None]
         assert found["energy_measured_joules"] == (sum(joules) if joules else None)
+
+
+SPARED = ("avoided_loads", "avoided_load_seconds", "unmeasured_loads")
+
+
+def spared_load(runs: Sequence[Run], number: int) -> tuple[int, float, int]:
+    """A run that hit everything and loaded nothing is spared what the last run before it that loaded the model on a device that
+    its answers were computed on took for the last load; nothing where no run before it loaded it there."""
+
+    def devices(run: Run, lines: Sequence[str]) -> set[str]:
+        return {device for call in run.calls for line, *_, device in call if line in lines and device}
+
+    run = runs[number]
+    lines = {line for call in run.calls for line, *_ in call}
+    elder = [one for one in runs[:number] if one.model is run.model and one.loads]
+    if "miss" in lines or not lines & {"credited", "imported", "own"} or run.loads or not elder:
+        return (0, 0.0, 0)
+    there = devices(run, ("credited", "imported", "own"))
+    for one in reversed(elder):
+        if (devices(one, ("miss",)) or {device for device, _, _ in one.measured}) & there:
+            return (1, one.loads[-1], 0)
+    return (1, 0.0, 1)
 
 
 def check_views(made: Made, report: Any) -> None:

@@ -162,22 +162,37 @@ class TestLoads:
         ledger.sync(store)
         rows = {row.group: row.figures for row in audit(ledger, by="run").rows}
         assert [rows[FIRST][name] for name in ("loads", "load_seconds", "avoided_loads")] == [1, 5.0, 0]
-        assert [rows[SECOND][name] for name in ("loads", "avoided_loads", "avoided_load_seconds")] == [0, 1, 5.0]
+        # Nobody told on which device the answers were computed: whether the load was measured there is not known.
+        spared = ("loads", "avoided_loads", "avoided_load_seconds", "unmeasured_loads")
+        assert [rows[SECOND][name] for name in spared] == [0, 1, 0.0, 1]
+        assert ledger.query("SELECT avoided_load_seconds FROM audit_loads WHERE run = ?", [SECOND]).rows == [(None,)]
         assert rows[SECOND]["net_seconds"] == 3.0 - 1.125  # not in it
         assert audit(ledger, by="task").rows[0].figures["loads"] is None
 
-    def test_the_fastest_earlier_load_counts(self, pair: tuple[Store, Ledger]) -> None:
+    def test_the_last_earlier_load_on_the_same_device_counts(self, pair: tuple[Store, Ledger]) -> None:
         store, ledger = pair
-        for run, at, seconds in ((FIRST, NOON, 5.0), (SECOND, NOON + 10, 3.0)):
+        on_gpu, early, warm_gpu, elsewhere, later = (str(n) * 32 for n in range(4, 9))
+        loaded = [
+            (FIRST, 0, (5.0,), "cpu"),
+            (SECOND, 10, (7.0, 3.0), "cpu"),
+            (on_gpu, 15, (1.0,), "gpu"),
+            (later, 30, (9.0,), "cpu"),
+        ]
+        for run, after, seconds, device in loaded:
+            at = NOON + after
             # A load whose model was not known when it was told is that of the one model that the run met.
-            events = [*begin(run, at), ModelLoaded(run, bytes(16), seconds), look_on(run, at, [("miss", 1.0)], "cpu")]
-            write(store, run, at, (), events, BASE)
-        write(store, THIRD, NOON + 20, (), [*begin(THIRD, NOON + 20), look_on(THIRD, NOON + 20, [("hit", 1.0)], "cpu", FIRST)])
-        early = "4" * 32
-        write(store, early, NOON + 5, (), [*begin(early, NOON + 5), look_on(early, NOON + 5, [("hit", 1.0)], "cpu", FIRST)])
+            loads = [ModelLoaded(run, bytes(16), one) for one in seconds]
+            write(store, run, at, (), [*begin(run, at), *loads, look_on(run, at, [("miss", 1.0)], device)], BASE)
+        for run, after, device in ((early, 5, "cpu"), (THIRD, 20, "cpu"), (warm_gpu, 21, "gpu"), (elsewhere, 22, "abacus")):
+            at = NOON + after
+            write(store, run, at, (), [*begin(run, at), look_on(run, at, [("hit", 1.0)], device, FIRST)])
         ledger.sync(store)
-        rows = {row.group: row.figures["avoided_load_seconds"] for row in audit(ledger, by="run").rows}
-        assert rows == {FIRST: 0.0, SECOND: 0.0, THIRD: 3.0, early: 5.0}
+        rows = {row.group: row.figures for row in audit(ledger, by="run").rows}
+        credited = {run: rows[run]["avoided_load_seconds"] for run in (early, THIRD, warm_gpu, elsewhere)}
+        assert credited == {early: 5.0, THIRD: 3.0, warm_gpu: 1.0, elsewhere: 0.0}
+        assert [rows[run]["avoided_loads"] for run in (early, THIRD, warm_gpu, elsewhere)] == [1, 1, 1, 1]
+        assert [run for run in rows if rows[run]["unmeasured_loads"]] == [elsewhere]
+        assert all(rows[run]["avoided_loads"] == 0 for run, *_ in loaded)
 
 
 class TestSelection:
