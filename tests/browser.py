@@ -6,6 +6,7 @@ asked of a network and what it complained of. Where there is no chromium the tes
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,17 +32,25 @@ def find_chromium() -> str | None:
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Playwright's `Browser`, with an empty profile. One for each test file: it holds an event loop, which others make too."""
-    path = find_chromium()
-    if path is None:
-        pytest.skip("no chromium on the PATH: scripts/browser installs it where apt-get is, CHROMIUM=/path/to/it names one")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with llm-evalcache[test]")
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=path, headless=True, args=list(_FLAGS))
+@contextlib.contextmanager
+def launch_chromium() -> Iterator[Any]:
+    """Playwright's `Browser`, with an empty profile."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        running = started.chromium.launch(executable_path=find_chromium(), headless=True, args=list(_FLAGS))
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser. One for each test file: it holds an event loop, and other tests make one too."""
+    if find_chromium() is None:
+        pytest.skip("no chromium on the PATH: scripts/browser installs it where apt-get is, CHROMIUM=/path/to/it names one")
+    pytest.importorskip("playwright.sync_api", reason="playwright comes with llm-evalcache[test]")
+    with launch_chromium() as running:
+        yield running
 
 
 class Seen:

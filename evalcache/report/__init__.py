@@ -1,5 +1,5 @@
 """`evalcache report` and `evalcache ui`: the audit as one page of HTML that needs no network and no script."""
 
-from evalcache.report.page import page
+from evalcache.report.document import page
 
 __all__ = ["page"]

@@ -6,6 +6,7 @@ and the squares of what changed grow with it.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ Spec = dict[str, Any]
 WIDE, NARROW = 940, 340
 
 REUSED, SPENT = "var(--reused)", "url(#hatch)"
-DEGREES = ("unchanged", "code only", "under 10 %", "10 to 50 %", "50 to 99 %", "over 99 %")
+DEGREES = ("unchanged", "code only", "under 10%", "10 to 50%", "50 to 99%", "over 99%")
 """How much of a block changed, in bytes."""
 
 
@@ -51,7 +52,7 @@ def history(buckets: Sequence[Mapping[str, Any]], days: int, narrow: bool = Fals
         "type": "temporal",
         "scale": {"type": "utc", "domain": _domain(buckets, days)},
         "axis": {
-            "title": None, "grid": False, "tickCount": 3 if narrow else 8, "labelOverlap": True, "labelFlush": True,
+            "title": None, "grid": False, "ticks": False, "values": _middles(buckets, days, 3 if narrow else 8),
             "format": "%-d %b" if len(buckets) * days < 300 else "%b %Y",
         },
     }  # fmt: skip
@@ -88,7 +89,7 @@ def history(buckets: Sequence[Mapping[str, Any]], days: int, narrow: bool = Fals
             "description": told,
         },
     }
-    return {"vconcat": [sums, bars], "spacing": 18}
+    return {"vconcat": [sums, bars], "spacing": 22, "resolve": {"legend": {"color": "independent"}}}
 
 
 def hit_rates(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
@@ -100,14 +101,15 @@ def hit_rates(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
     points = [
         {"name": row["name"], "measure": measure, "rate": row[field], "told": row["told"]}
         for row in rows
-        for measure, field in (("by second", "by_second"), ("by request", "by_request"))
+        for measure, field in (("by request", "by_request"), ("by second", "by_second"))
         if row[field] is not None
     ]
     both = [row for row in rows if row["by_request"] is not None and row["by_second"] is not None]
-    measures = ["by second", "by request"]
+    measures = {"type": "ordinal", "domain": ["by second", "by request"]}
+    legend = {"title": None}
     x = {"type": "quantitative", "scale": {"domain": [0, 1]}, "axis": {"title": None, "format": ".0%", "tickCount": 5}}
     return {
-        "width": _beside_names(narrow),
+        **_fitted(narrow),
         "height": {"step": 26},
         "encoding": {"y": _names(rows, narrow)},
         "layer": [
@@ -118,16 +120,15 @@ def hit_rates(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
             },
             {
                 "data": {"values": points},
-                "mark": {"type": "point", "size": 85, "opacity": 1, "strokeWidth": 1.5},
+                "mark": {"type": "point", "opacity": 1, "strokeWidth": 1.5},
                 "encoding": {
                     "x": {"field": "rate", **x},
-                    "shape": {
-                        "field": "measure", "type": "nominal", "scale": {"domain": measures, "range": ["diamond", "circle"]},
-                        "legend": {"title": None},
-                    },
-                    "fill": {
-                        "field": "measure", "type": "nominal", "scale": {"domain": measures, "range": [REUSED, "var(--paper)"]},
-                        "legend": {"title": None},
+                    # The circle is the larger one, so that equal rates show both.
+                    **{
+                        channel: {"field": "measure", "type": "nominal", "scale": {**measures, "range": kinds}, "legend": legend}
+                        for channel, kinds in (
+                            ("shape", ["diamond", "circle"]), ("size", [60, 170]), ("fill", [REUSED, "transparent"])
+                        )
                     },
                     "stroke": {"value": REUSED},
                     "description": {"field": "told"},
@@ -149,7 +150,7 @@ def spending(rows: Sequence[Mapping[str, Any]], unit: str, narrow: bool = False)
         for line in ("reused", "spent")
     ]
     return {
-        "width": _beside_names(narrow),
+        **_fitted(narrow),
         "height": {"step": 26},
         "data": {"values": values},
         "mark": {"type": "bar", "height": {"band": 0.62}},
@@ -172,7 +173,7 @@ def shares(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
     """Shares of a whole, with what is written at the end of each bar.
 
     Args:
-        rows: name, share (0 to 1), label, told.
+        rows: name, share (0 to 1), label, short (for a phone), told.
     """
     x = {
         "field": "share", "type": "quantitative", "scale": {"domain": [0, 1.0 if narrow else 1.15]},
@@ -180,9 +181,10 @@ def shares(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
     }  # fmt: skip
     # A bar that leaves no room beside it has its label inside of the plot's end, on a ground of the page's colour.
     label = {"type": "text", "align": "left", "dx": 6}
-    near_end = 0.5 if narrow else 0.8
+    near_end = 0.8
+    text = {"field": "short" if narrow else "label"}
     return {
-        "width": _beside_names(narrow),
+        **_fitted(narrow),
         "height": {"step": 30},
         "data": {"values": list(rows)},
         "encoding": {"y": _names(rows, narrow), "x": x},
@@ -194,17 +196,17 @@ def shares(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
             {
                 "transform": [{"filter": f"datum.share <= {near_end}"}],
                 "mark": label,
-                "encoding": {"text": {"field": "label"}},
+                "encoding": {"text": text},
             },
             {
                 "transform": [{"filter": f"datum.share > {near_end}"}],
                 "mark": {**label, "align": "right", "dx": -6, "stroke": "var(--paper)", "strokeWidth": 6, "strokeJoin": "round"},
-                "encoding": {"text": {"field": "label"}},
+                "encoding": {"text": text},
             },
             {
                 "transform": [{"filter": f"datum.share > {near_end}"}],
                 "mark": {**label, "align": "right", "dx": -6},
-                "encoding": {"text": {"field": "label"}},
+                "encoding": {"text": text},
             },
         ],
     }
@@ -219,20 +221,25 @@ def changes(cells: Sequence[Mapping[str, Any]], steps: Sequence[str], blocks: Se
     if narrow:
         side = max(11, min(22, (NARROW - 150) // max(1, len(steps))))
         x = {"field": "number", "type": "ordinal", "axis": {"title": "checkpoint", "labelAngle": 0, "labelOverlap": True}}
-        y = {"field": "block", "type": "nominal", "sort": list(blocks), "axis": {"title": None, "labelLimit": 130}}
+        y = {
+            "field": "block",
+            "type": "nominal",
+            "sort": list(blocks),
+            "axis": {"title": None, "labelLimit": 130, "labelFontSize": 10},
+        }
     else:
         side = max(9, min(24, (WIDE - 240) // max(1, len(blocks))))
         axis = {"title": None, "labelAngle": -60 if len(blocks) > 4 else 0, "labelOverlap": True, "labelLimit": 150}
         x = {"field": "block", "type": "nominal", "sort": list(blocks), "axis": axis}
         y = {"field": "step", "type": "nominal", "sort": list(steps), "axis": {"title": None, "labelLimit": 220}}
     grid = {"grid": True, "ticks": False, "bandPosition": 0.5}
-    fitted = {"columns": 2 if narrow else 6, "title": "share of the block's bytes that changed", "symbolType": "square"}
-    scale = {"domain": list(DEGREES)}
-    sizes = [0.04, 0.30, 0.22, 0.40, 0.62, 0.86]
+    title = "changed, of the block's bytes" if narrow else "share of the block's bytes that changed"
+    legend = {"columns": 2 if narrow else 6, "title": title, "titleLimit": 400}
+    scale = {"type": "ordinal", "domain": list(DEGREES)}
+    room = (min(side, 24) - 2.5) ** 2
+    sizes = [max(2.5, room * share) for share in (0.012, 0.35, 0.2, 0.4, 0.65, 0.95)]
     heat = ["var(--muted)", "var(--paper)", *(f"var(--heat-{n})" for n in range(1, 5))]
     shapes = ["square", "diamond", *["square"] * 4]
-    legend = {key: value for key, value in fitted.items() if key != "symbolType"}
-    room = max(side, 14) ** 2
     return {
         "width": {"step": side},
         "height": {"step": side if narrow else 24},
@@ -242,10 +249,7 @@ def changes(cells: Sequence[Mapping[str, Any]], steps: Sequence[str], blocks: Se
             "x": {**x, "axis": {**x["axis"], **grid}},
             "y": {**y, "axis": {**y["axis"], **grid}},
             "shape": {"field": "degree", "type": "nominal", "scale": {**scale, "range": shapes}, "legend": legend},
-            "size": {
-                "field": "degree", "type": "nominal", "legend": legend,
-                "scale": {**scale, "range": [share * min(side, 24) ** 2 if side < 14 else share * room for share in sizes]},
-            },
+            "size": {"field": "degree", "type": "nominal", "scale": {**scale, "range": sizes}, "legend": legend},
             "fill": {"field": "degree", "type": "nominal", "scale": {**scale, "range": heat}, "legend": legend},
             "stroke": {"value": "var(--heat-4)"},
             "description": {"field": "told"},
@@ -268,8 +272,9 @@ def _names(rows: Sequence[Mapping[str, Any]], narrow: bool) -> Spec:
     return {"field": "name", "type": "nominal", "sort": [row["name"] for row in rows], "axis": axis}
 
 
-def _beside_names(narrow: bool) -> int:
-    return NARROW - 140 if narrow else WIDE - 270
+def _fitted(narrow: bool) -> Spec:
+    """The plot takes what the names beside it leave."""
+    return {"width": NARROW if narrow else WIDE, "autosize": {"type": "fit-x", "contains": "padding"}}
 
 
 def _at(bucket: Mapping[str, Any]) -> Spec:
@@ -280,10 +285,15 @@ def _span_of(days: int) -> str:
     return {1: "day", 7: "week"}.get(days, f"{days} days")
 
 
-def _domain(buckets: Sequence[Mapping[str, Any]], days: int) -> list[str]:
-    """A few days do not fill the width: it has room for at least ten spans, and ends with the last."""
-    import datetime
+def _middles(buckets: Sequence[Mapping[str, Any]], days: int, most: int) -> list[int]:
+    """Where spans are named: the middle of each, or of every so many."""
+    apart = -(-len(buckets) // most)
+    begins = [datetime.datetime.fromisoformat(f"{bucket['start']}T00:00+00:00") for bucket in buckets[::apart]]
+    return [int(begin.timestamp() * 1000) + days * 43_200_000 for begin in begins]
 
+
+def _domain(buckets: Sequence[Mapping[str, Any]], days: int) -> list[str]:
+    """A few days do not fill the width: it has room for at least five spans, and ends with the last."""
     end = datetime.date.fromisoformat(buckets[-1]["end"])
-    begin = min(datetime.date.fromisoformat(buckets[0]["start"]), end - datetime.timedelta(days=10 * days))
+    begin = min(datetime.date.fromisoformat(buckets[0]["start"]), end - datetime.timedelta(days=5 * days))
     return [begin.isoformat(), end.isoformat()]

@@ -26,7 +26,7 @@ def compare(left: str, right: str) -> Compared:
 
     >>> found = compare("the answer is 4", "the answer is five")
     >>> found.left, found.right
-    ([(False, 'the answer is '), (True, '4')], [(False, 'the answer is '), (True, 'five')])
+    ([(False, 'the answer is'), (False, ' '), (True, '4')], [(False, 'the answer is'), (False, ' '), (True, 'five')])
     """
     ours, theirs = _WORDS.findall(left[:MOST_LETTERS]), _WORDS.findall(right[:MOST_LETTERS])
     while _equals(ours, theirs) > _MOST_EQUALS:
@@ -36,8 +36,8 @@ def compare(left: str, right: str) -> Compared:
     sides: tuple[list[tuple[bool, str]], list[tuple[bool, str]]] = ([], [])
     for kind, a, a_end, b, b_end in matcher.get_opcodes():
         for side, words in ((sides[0], ours[a:a_end]), (sides[1], theirs[b:b_end])):
-            if words:
-                side.append((kind != "equal", "".join(words)))
+            text = "".join(words)
+            side += [part for part in ((kind != "equal", text.rstrip()), (False, text[len(text.rstrip()) :])) if part[1]]
     return Compared(*sides, (len(left) - sum(map(len, ours)), len(right) - sum(map(len, theirs))))
 
 

@@ -148,9 +148,10 @@ def _family(class_name: str, steps: dict[tuple[str, str], list[dict[str, Any]]])
     return Family(class_name, names, blocks[:MOST_BLOCKS], cells, left_out)
 
 
-def _by_number(block: str) -> list[tuple[int, int | str]]:
-    """``layers.2`` before ``layers.10``."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"[.]", block)]
+def _by_number(block: str) -> tuple[int, list[tuple[int, int | str]]]:
+    """Embeddings, then layers (``layers.2`` before ``layers.10``), then the rest."""
+    kind = 0 if "embed" in block else 1 if re.search(r"[.]\d", block) else 2
+    return kind, [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"[.]", block)]
 
 
 def name_of(names: Sequence[str] | None, digest: str) -> str:

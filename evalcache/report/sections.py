@@ -148,7 +148,8 @@ def misses(gathered: Gathered) -> Figure:
     rows = [
         {
             "name": one["cause"], "share": one["share"],
-            "label": f"{one['requests']:,} requests, {format_seconds(one['seconds'])}",
+            "label": f"{one['share']:.1%}: {one['requests']:,} requests, {format_seconds(one['seconds'])}",
+            "short": f"{one['share']:.1%}",
             "told": f"{one['share']:.1%} of the misses: {one['meaning']}",
         }
         for one in report.misses
@@ -157,12 +158,13 @@ def misses(gathered: Gathered) -> Figure:
     tables = []
     if report.misses:
         columns = [
-            Column("cause"), Column("requests", "misses", numeric=True), Column("share of misses", numeric=True),
-            Column("seconds", "spent_seconds", numeric=True), Column("meaning"), Column("what changed, where most missed"),
+            Column("cause"), Column("meaning", prose=True), Column("requests", "misses", numeric=True),
+            Column("share of misses", numeric=True), Column("seconds", "spent_seconds", numeric=True),
+            Column("what changed, where most missed", prose=True),
         ]  # fmt: skip
         cells = [
             [
-                one["cause"], one["requests"], f"{one['share']:.1%}", seconds_cell(one["seconds"]), one["meaning"],
+                one["cause"], one["meaning"], one["requests"], f"{one['share']:.1%}", seconds_cell(one["seconds"]),
                 one_line("; ".join(one["changed"]) or "–", 600),
             ]
             for one in report.misses
@@ -171,7 +173,7 @@ def misses(gathered: Gathered) -> Figure:
     if report.uncacheable:
         columns = [
             Column("reason"), Column("requests", "uncacheable", numeric=True), Column("seconds", "spent_seconds", numeric=True),
-            Column("example"),
+            Column("example", prose=True),
         ]  # fmt: skip
         cells = [
             [one["reason"] or "–", one["requests"], seconds_cell(one["seconds"]), one_line(one["example"] or "–")]
@@ -210,10 +212,9 @@ def expensive(gathered: Gathered) -> Figure:
 
 def changes(family: Family) -> Figure:
     """What changed between the checkpoints of a family."""
-    models = ", ".join(quoted(step[1]) for step in family.steps)
     check = (
         "SELECT names_a, names_b, block, modules_changed, modules, weights_changed, bytes_changed, bytes "
-        f"FROM model_blocks_changed WHERE modules_changed > 0 AND model_b IN ({models}) ORDER BY place, block"
+        f"FROM model_blocks_changed WHERE modules_changed > 0 AND class = {quoted(family.class_name)} ORDER BY place, block"
     )
     name = f"Chart: which blocks of {one_line(family.class_name, 60)} changed from each checkpoint to the next"
     short = _short(family.blocks)
@@ -230,7 +231,7 @@ def changes(family: Family) -> Figure:
     drawn = [draw(charts.changes(cells, steps, blocks, narrow), name) if cells else "" for narrow in (False, True)]
     columns = [
         Column("checkpoint"), Column("against"), Column("blocks changed", numeric=True), Column("modules changed", numeric=True),
-        Column("of these in their weights", numeric=True), Column("bytes changed", numeric=True), Column("which"),
+        Column("of these in their weights", numeric=True), Column("bytes changed", numeric=True), Column("which", prose=True),
     ]  # fmt: skip
     rows = []
     for place, step in enumerate(steps):

@@ -31,7 +31,7 @@ _CONFIG = {
         "titleFontWeight": "normal", "symbolStrokeWidth": 1.5, "labelLimit": 320, "columnPadding": 16,
     },
     "text": {"color": "var(--ink)", "fontSize": 12},
-    "title": {"color": "var(--ink)", "fontSize": 13, "fontWeight": 600, "anchor": "start"},
+    "title": {"color": "var(--ink)", "fontSize": 13, "fontWeight": 600, "anchor": "start", "frame": "group"},
 }  # fmt: skip
 
 
@@ -50,9 +50,9 @@ def draw(spec: Mapping[str, Any], name: str) -> str:
     whole = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **spec, "config": _CONFIG}
     drawn = vl_convert.vegalite_to_svg(whole, vl_version="6.4", allowed_base_urls=[])
     root = ET.fromstring(drawn)
-    size = root.get("viewBox", "")
+    seen = {name: root.get(name, "") for name in ("viewBox", "width")}
     _tidy(root)
-    root.attrib = {"viewBox": size, "role": "img", "aria-label": name}
+    root.attrib = {**seen, "role": "img", "aria-label": name}
     return _LONG.sub(r"\1", ET.tostring(root, encoding="unicode"))
 
 

@@ -15,11 +15,17 @@ from evalcache.summary import format_seconds
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: what stands above it, the figure that it is (which links to its definition), and whether it holds numbers."""
+    """A column: what stands above it, the figure that it is (to whose definition it links), whether it has numbers or prose."""
 
     label: str
     figure: str | None = None
     numeric: bool = False
+    prose: bool = False
+
+    @property
+    def kind(self) -> str:
+        """How its cells are set."""
+        return "number" if self.numeric else "prose" if self.prose else "name"
 
 
 @dataclass(frozen=True, slots=True)
