@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from evalcache.cli_options import Place, asks_a_cache, asks_for_prices
-from evalcache.cli_pages import report
+from evalcache.cli_pages import report, ui
 from evalcache.cli_reports import audit, explain, explain_run
 from evalcache.errors import EvalCacheError
 from evalcache.progress import progress_bar
@@ -312,7 +312,7 @@ def verify(directory: str | None, as_json: bool) -> int:
     return int(not found.good)
 
 
-for _verb in (audit, explain, explain_run, report):
+for _verb in (audit, explain, explain_run, report, ui):
     commands.add_command(_verb)
 
 

@@ -104,6 +104,10 @@ class ReportError(EvalCacheError):
     """The page of a report cannot be made: what draws it is not installed."""
 
 
+class ServerError(EvalCacheError):
+    """The page cannot be served at the port. Fields: ``found`` (the port)."""
+
+
 class BudgetError(EvalCacheError):
     """A budget is none, or its price is not known. Fields: ``found``."""
 

@@ -39,6 +39,7 @@ LEVELS = {
     "namespaces": 2.5,  # which object stands behind which name
     "kernels": 2.7,  # tables of kernels that anybody may add to
     "wrappers": 2.6,  # what stands around a model
+    "lookups": 2.5,  # names that code computes
     "library_code": 2.6,  # classes and functions of installed libraries
     "user_code": 2.7,  # scripts, remote code, editable installs
     "tensors": 2.5,  # one tensor of a module → its record
@@ -94,6 +95,7 @@ LEVELS = {
     "ab": 7.5,  # a command with us and without
     "inspect_provider": 8,  # an entry point
     "_site": 8,  # what a launched interpreter starts with
+    "ui": 7.5,  # its report, served on this machine
     "cli_options": 7.8,  # what verbs have in common
     "cli_reports": 7.9,  # verbs about what was saved
     "cli_pages": 7.9,  # verbs that make a page of it
