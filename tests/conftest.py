@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before the first import of transformers or torch, and inherited by the processes that tests start.
 os.environ.update(
@@ -17,6 +18,10 @@ os.environ.update(
 
 import pytest
 
+if TYPE_CHECKING:
+    from evalcache.ledger import Ledger
+    from evalcache.store import Store
+
 
 @pytest.fixture(autouse=True)
 def store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -26,6 +31,14 @@ def store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "evalcache"
     monkeypatch.setenv("EVALCACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Store, Ledger]:
+    """A store and a ledger of one folder."""
+    from recorded import open_pair
+
+    return open_pair(tmp_path)
 
 
 @pytest.fixture(autouse=True)

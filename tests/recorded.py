@@ -100,6 +100,25 @@ def ask_all(
     return keys
 
 
+PROMPTS = ((1, 2, 3), (4, 5, 6))
+
+
+def ask_after_base(
+    store: Store,
+    ledger: Ledger,
+    model: Manifest = BASE,
+    *,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    settings: Mapping[str, Any] = SETTINGS,
+    environment: Mapping[str, Any] = ENVIRONMENT,
+) -> None:
+    """A run in which `BASE` is asked the usual, and one that asks this, of ``model`` under the name ``mine``."""
+    ask_all(store, FIRST, NOON, [(make_action(prompt=prompt), make_result()) for prompt in PROMPTS])
+    entries = [(make_action(model, prompt, settings, environment), make_result()) for prompt in prompts]
+    ask_all(store, SECOND, NOON + 100, entries, model, "mine")
+    ledger.sync(store)
+
+
 def cold_and_warm(store: Store) -> list[Digest]:
     """Two runs over three prompts: all missed (1, 2 and 4 s; a load, a duplicate), then hits, an uncacheable and an overhead."""
     entries = [(make_action(prompt=(1, 2, n)), make_result((7, n), 2.0**n)) for n in range(3)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,9 @@ from recorded import (
     FIRST,
     NOON,
     SECOND,
-    SETTINGS,
     THIRD,
     TUNED,
+    ask_after_base,
     ask_all,
     begin,
     cold_and_warm,
@@ -24,7 +22,6 @@ from recorded import (
     make_action,
     make_model,
     make_result,
-    open_pair,
     write,
 )
 
@@ -36,11 +33,6 @@ from evalcache.ledger import Ledger
 from evalcache.manifest import Manifest
 from evalcache.misses import explain_misses
 from evalcache.store import Store
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Store, Ledger]:
-    return open_pair(tmp_path)
 
 
 class TestSummarise:
@@ -126,24 +118,10 @@ class TestSummarise:
             summarise(pair[1])
 
 
-PROMPTS = ((1, 2, 3), (4, 5, 6))
-
-
-def why(
-    pair: tuple[Store, Ledger],
-    model: Manifest = BASE,
-    *,
-    prompts: tuple[tuple[int, ...], ...] = PROMPTS,
-    settings: Mapping[str, Any] = SETTINGS,
-    environment: Mapping[str, Any] = ENVIRONMENT,
-) -> list[str]:
+def why(pair: tuple[Store, Ledger], model: Manifest = BASE, **asked: Any) -> list[str]:
     """What is said of a run that asks this after another asked `BASE` the usual."""
-    store, ledger = pair
-    ask_all(store, FIRST, NOON, [(make_action(prompt=prompt), make_result()) for prompt in PROMPTS])
-    entries = [(make_action(model, prompt, settings, environment), make_result()) for prompt in prompts]
-    ask_all(store, SECOND, NOON + 100, entries, model, "mine")
-    ledger.sync(store)
-    return explain_misses(ledger, SECOND)
+    ask_after_base(*pair, model, **asked)
+    return explain_misses(pair[1], SECOND)
 
 
 class TestExplainMisses:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from recorded import (
     ENVIRONMENT,
     FIRST,
     NOON,
+    PROMPTS,
     SECOND,
-    SETTINGS,
     THIRD,
     TUNED,
+    ask_after_base,
     ask_all,
     begin,
     cold_and_warm,
@@ -44,11 +44,6 @@ from evalcache.prices import Price, Prices, read_prices
 from evalcache.store import Store
 
 HOURLY = Prices([Price("gpu*", 3600.0, "EUR", 100.0), Price("cpu", 360.0, "EUR", 10.0)])
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Store, Ledger]:
-    return open_pair(tmp_path)
 
 
 def look_on(run: str, at: float, asked: list[tuple[str, float]], device: str, origin: str = "") -> LookedUp:
@@ -233,23 +228,10 @@ class TestSelection:
         assert spent("day") == {"2023-11-14": 5.0}
 
 
-PROMPTS = ((1, 2, 3), (4, 5, 6))
-
-
-def missed(
-    pair: tuple[Store, Ledger],
-    model: Manifest = BASE,
-    prompts: tuple[tuple[int, ...], ...] = PROMPTS,
-    settings: Mapping[str, Any] = SETTINGS,
-    environment: Mapping[str, Any] = ENVIRONMENT,
-) -> list[tuple[str, int, list[str]]]:
+def missed(pair: tuple[Store, Ledger], model: Manifest = BASE, **asked: Any) -> list[tuple[str, int, list[str]]]:
     """Causes of the misses of a run that asks this after another asked `BASE` the usual."""
-    store, ledger = pair
-    ask_all(store, FIRST, NOON, [(make_action(prompt=prompt), make_result()) for prompt in PROMPTS])
-    entries = [(make_action(model, prompt, settings, environment), make_result()) for prompt in prompts]
-    ask_all(store, SECOND, NOON + 100, entries, model, "mine")
-    ledger.sync(store)
-    return [(cause["cause"], cause["requests"], cause["changed"]) for cause in audit(ledger, SECOND).misses]
+    ask_after_base(*pair, model, **asked)
+    return [(cause["cause"], cause["requests"], cause["changed"]) for cause in audit(pair[1], SECOND).misses]
 
 
 class TestCauses:

@@ -43,11 +43,6 @@ from evalcache.schema import VERSION, columns
 from evalcache.store import Store
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Store, Ledger]:
-    return open_pair(tmp_path)
-
-
 def only(table: Table) -> dict:
     assert len(table.rows) == 1
     return dict(zip(table.columns, table.rows[0], strict=True))
