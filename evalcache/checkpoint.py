@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 _Read = Callable[[str, memoryview], FileContent]
 
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # By name, as in transformers: a file can be made that is good in both formats, with different tensors in each. The kinds are what
 # the memo knows a file's content as.
 _SAFETENSORS = ("safetensors 1", read_safetensors)
@@ -144,7 +144,7 @@ def find_weights(root: Path, *, variant: str | None = None, use_safetensors: boo
         wanted = (".safetensors", ".bin") if use_safetensors is None else (".safetensors" if use_safetensors else ".bin",)
         names = [name for name in _MODEL_FILES if name.endswith(wanted)]
         candidates = [_varied(candidate, variant) for name in names for candidate in (name, f"{name}.index.json")]
-        candidates += [name for name in _ADAPTER_FILES if name.endswith(wanted)]
+        candidates += [name for name in ADAPTER_FILES if name.endswith(wanted)]
     for candidate in candidates:
         if (root / candidate).is_file():
             return root / candidate

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evalcache.canonical import decode, digest_canonical, encode_canonical
-from evalcache.checkpoint import Progress, find_weights, fingerprint_checkpoint, read_json
+from evalcache.checkpoint import ADAPTER_FILES, Progress, find_weights, fingerprint_checkpoint, read_json
 from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CanonicalError, CheckpointError, CorruptEntryWarning
 from evalcache.filememo import FileMemo
@@ -27,7 +27,6 @@ from evalcache.sidetable import SideTable
 _FORMAT = "evalcache checkpoint 1"
 _ADAPTER_FORMAT = "evalcache adapter 1"
 _INDEX_FORMAT = "evalcache loaded 1"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 _CUSTOM_GENERATE = "custom_generate/generate.py"
 
@@ -99,7 +98,7 @@ def identify_checkpoint(
             return CheckpointIdentity(base.tensors, files | {"base": base.digest})
     files |= _config_files(root)
     weights = find_weights(root, variant=variant, use_safetensors=use_safetensors)
-    if weights.name in _ADAPTER_WEIGHTS:
+    if weights.name in ADAPTER_FILES:
         raise CheckpointError(
             f"{root} holds an adapter and no model", hint="give a folder with config.json and the model's weights",
             path=str(root), expected="weights of a model", found=weights.name,
@@ -187,12 +186,12 @@ def adapter_weights(root: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    for name in _ADAPTER_WEIGHTS:
+    for name in ADAPTER_FILES:
         if (root / name).is_file():
             return root / name
     raise CheckpointError(
         f"{root} has an {ADAPTER_CONFIG} and no adapter", hint="copy the adapter's weights too",
-        path=str(root), expected=list(_ADAPTER_WEIGHTS), found="nothing",
+        path=str(root), expected=list(ADAPTER_FILES), found="nothing",
     )  # fmt: skip
 
 
