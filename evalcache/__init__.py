@@ -15,7 +15,7 @@ next to nothing and never imports torch. Inside, a file imports only files of a 
 | 4 | ``store``, ``ledger`` | diskcache serves, DuckDB remembers |
 | 5 | ``cache``, ``audit`` | the two joined; what it cost and saved |
 | 6 | ``integrations`` | one file per client |
-| 7 | ``session``, ``launch``, ``engine`` | one process with evalcache in it; one command; an eval loop of one's own |
+| 7 | ``session``, ``one_model``, ``launch``, ``engine`` | one process with evalcache in it; one model; a command; a loop |
 | 8 | ``cli`` | verbs: parse → call → print |
 """
 
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from evalcache.engine import cached, run, run_async
     from evalcache.errors import EvalCacheError, EvalCacheWarning, ReplayMissError, UncacheableError
     from evalcache.manifest import Manifest
+    from evalcache.one_model import loglikelihood, wrap
     from evalcache.records import Policy
-    from evalcache.session import Session, disable, enable, loglikelihood, wrap
+    from evalcache.session import Session, disable, enable
     from evalcache.sources import Named, named
     from evalcache.weights import fingerprint
 
@@ -54,11 +55,11 @@ _HOMES = {
     "enable": "evalcache.session",
     "fingerprint": "evalcache.weights",
     "fingerprint_checkpoint": "evalcache.checkpoint",
-    "loglikelihood": "evalcache.session",
+    "loglikelihood": "evalcache.one_model",
     "named": "evalcache.sources",
     "run": "evalcache.engine",
     "run_async": "evalcache.engine",
-    "wrap": "evalcache.session",
+    "wrap": "evalcache.one_model",
 }
 
 __all__ = [

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalcache.collector import paused_for
+from evalcache.collector import paused_for, resume
 from evalcache.counts import Counts
 from evalcache.decide import decide
 from evalcache.digest import Digest
@@ -193,8 +193,7 @@ class Cache:
             if self.policy.writes:
                 self._wait_for_check(watch, made[0][1].model, made, now)
 
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(paused_for(len(actions)))
+        with paused_for(len(actions)):
             with self.counts.taking("keys"):
                 keys = keys_of(actions)
             with self.counts.taking("lookup"):
@@ -205,7 +204,7 @@ class Cache:
                     looked_at=looked_at, taking=lambda: self.counts.taking("lookup"), run=self.run_id,
                 )  # fmt: skip
             if serving.missing:
-                stack.close()  # what computes needs its collector
+                resume()
             whole = False
             try:
                 yield serving
@@ -356,7 +355,7 @@ class Cache:
             self._tell_used()
         try:
             with self.counts.taking("sync"):
-                Ledger(self.ledger_path).sync(self.store)
+                Ledger(self.ledger_path).sync(self.store, last_of=self.run_id if self._closed else None)
         except LedgerLockedError:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:

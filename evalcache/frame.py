@@ -44,6 +44,7 @@ _HEADER = struct.Struct("<4sI16s4I")
 _HEADER_BYTES = _HEADER.size
 _MIN_ANSWER_BYTES = 1024  # below this zstd saves some 150 bytes and costs a hit a third of its time
 _MIN_QUESTION_BYTES = 96  # read by the ledger's sync alone; below this zstd's own header eats what it saves
+_SMALL_BYTES = 4096
 _NOTHING: Mapping[str, Any] = MappingProxyType({})  # most results have no scalars or no arrays: one for all of them
 _LEVEL = 1  # level 3 saves another 2 % of a typical entry for twice the time
 
@@ -228,7 +229,8 @@ def _open(key: Digest, frame: Any) -> tuple[int, int, int, int]:
         raise _fault(key, "the frame has another version", FRAME_VERSION, version)
     if _HEADER_BYTES + packed_answer + packed_question + SIZE_BYTES != size:
         raise _fault(key, "the frame's lengths do not add up", _HEADER_BYTES + packed_answer + packed_question + SIZE_BYTES, size)
-    expected = checksum(memoryview(frame)[:-SIZE_BYTES])
+    # Of a few kilobytes a copy is cheaper than a view.
+    expected = checksum(frame[:-SIZE_BYTES] if size < _SMALL_BYTES else memoryview(frame)[:-SIZE_BYTES])
     if not frame.endswith(expected):
         raise _fault(key, "the frame was altered", expected.hex(), frame[-SIZE_BYTES:].hex())
     if owner != key.value:

@@ -191,7 +191,7 @@ class Scored:
     requests: tuple[bytes, ...]
 
 
-OVERHEAD_KINDS = ("fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync")
+OVERHEAD_KINDS = ("start", "fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync", "last_sync")
 
 Event = (
     RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead | Measured | TaskSeen | DocumentsSeen | Scored

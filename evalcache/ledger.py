@@ -73,13 +73,16 @@ class Ledger:
         self.path = Path(path).absolute()
         self._lock_timeout_s = lock_timeout_s
 
-    def sync(self, store: JournalSource, *, progress: Callable[[int, int], None] | None = None) -> SyncReport:
+    def sync(
+        self, store: JournalSource, *, progress: Callable[[int, int], None] | None = None, last_of: str | None = None
+    ) -> SyncReport:
         """Take in what waits in the store's journal. Cost: what is new; 10,000 entries in about a second.
 
         A ledger that was lost, or never was, is rebuilt from the store's entries on the way.
 
         Args:
             progress: called with the number of events done and waiting.
+            last_of: a run that ends with this: what it takes until its commit is noted as the run's, which can tell no more.
 
         Raises:
             LedgerLockedError: somebody else holds the file; the journal keeps everything.
@@ -106,6 +109,9 @@ class Ledger:
                         intake.take_frames(store)
                     intake.finish()
                     if last > known:
+                        if last_of:
+                            took = [store_id, last, last_of, _now_us(), "last_sync", time.perf_counter() - began]
+                            execute(connection, "INSERT INTO overheads VALUES (?, ?, ?, make_timestamp(?), ?, ?)", took)
                         execute(connection, "INSERT INTO synced VALUES (?, ?, make_timestamp(?))", [store_id, last, _now_us()])
                 # DuckDB gives its log the usual mode, and it stays when this process is killed.
                 with contextlib.suppress(OSError):

@@ -150,7 +150,7 @@ CREATE TABLE overheads ( -- Seconds that evalcache itself took.
     seq BIGINT, -- number of the event
     run VARCHAR, -- id of the run
     reported_at TIMESTAMP, -- when it was reported
-    kind VARCHAR, -- fingerprint, probe, checks, keys, lookup, decode, write, sync
+    kind VARCHAR, -- start, fingerprint, probe, checks, keys, lookup, decode, write, sync, last_sync (the one at the end)
     seconds DOUBLE -- since the report before
 );
 CREATE TABLE measurements ( -- What processes of a run saw of their devices.

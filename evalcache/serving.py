@@ -9,12 +9,12 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from evalcache.digest import Digest
 from evalcache.errors import StoreError
 from evalcache.leases import Leases
-from evalcache.records import Action, Entry, Lookup, Result, Uncacheable
+from evalcache.records import Action, Cost, Entry, Lookup, Result, Uncacheable
 
 Made = tuple[Digest, Action, Result]
 """A computed entry that waits for its check."""
@@ -34,18 +34,18 @@ class Labels:
     documents: Sequence[str] = ()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Told:
     """What became of requests, as columns of equal length; see `journal.LookedUp`."""
 
-    keys: list[Digest] = field(default_factory=list)
-    outcomes: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    seconds: list[float | None] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=list)
-    documents: list[str] = field(default_factory=list)
-    devices: list[str] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
+    keys: Sequence[Digest] = ()
+    outcomes: Sequence[str] = ()
+    reasons: Sequence[str] = ()
+    seconds: Sequence[float | None] = ()
+    tasks: Sequence[str] = ()
+    documents: Sequence[str] = ()
+    devices: Sequence[str] = ()
+    origins: Sequence[str] = ()
 
 
 class Serving:
@@ -284,28 +284,29 @@ class Serving:
 
     def told(self, computed_only: bool = False) -> Told:
         """What became of the requests; of a call that was cut short, of those that were computed."""
-        told = Told()
         merged = len(self._first) < len(self._keys)
+        rows: list[tuple[int, Digest, str, str, Cost | None, str]] = []
         for position, key in enumerate(self._keys):
             result, lookup = self._results.get(key), self._lookups[key]
-            hit = lookup if isinstance(lookup, Entry) else None
+            hit = isinstance(lookup, Entry)
             if result is None or (computed_only and hit):
                 continue
             if merged and self._first[key] != position:
-                outcome, reason = "duplicate", ""
+                rows.append((position, key, "duplicate", "", result.cost, lookup.run if hit else ""))
             elif hit:
-                outcome, reason = "hit", "own" if self._run and hit.run == self._run else ""
+                rows.append((position, key, "hit", "own" if lookup.run == self._run != "" else "", result.cost, lookup.run))
             else:
-                outcome, reason = ("uncacheable" if isinstance(lookup, Uncacheable) else "miss"), lookup.reason
-            cost = result.cost
-            told.keys.append(key)
-            told.outcomes.append(outcome)
-            told.reasons.append(reason)
-            told.seconds.append(cost.seconds if cost else None)
-            told.devices.append(cost.device if cost else "")
-            told.origins.append(hit.run if hit else "")
-            if self._labels.tasks:
-                told.tasks.append(self._labels.tasks[position])
-            if self._labels.documents:
-                told.documents.append(self._labels.documents[position])
-        return told
+                outcome = "uncacheable" if isinstance(lookup, Uncacheable) else "miss"
+                rows.append((position, key, outcome, lookup.reason, result.cost, ""))
+        if not rows:
+            return Told()
+        positions, keys, outcomes, reasons, costs, origins = zip(*rows, strict=True)
+        tasks, documents = self._labels.tasks, self._labels.documents
+        return Told(
+            keys, outcomes, reasons,
+            seconds=[cost.seconds if cost else None for cost in costs],
+            tasks=[tasks[position] for position in positions] if tasks else (),
+            documents=[documents[position] for position in positions] if documents else (),
+            devices=[cost.device if cost else "" for cost in costs],
+            origins=origins,
+        )  # fmt: skip

@@ -14,19 +14,17 @@ import functools
 import importlib
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from evalcache.ending import end_with_server, how_it_ended, stay_interrupted, unwatch_exit, watch_exit
 from evalcache.importhook import ImportHook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import TracebackType
 
-    import torch
-
     from evalcache.cache import Cache
-    from evalcache.integrations.scoring import Score
 
 TRIGGERS = ("transformers.generation.utils", "transformers.modeling_utils")
 """The modules that a script has imported before it can hold a model. ``transformers`` itself comes without torch, and importing
@@ -91,11 +89,13 @@ class Session:
     def cache(self) -> Cache | None:
         """This process's cache, opened when first asked for; None where the policy is off or the cache cannot be opened."""
         if self._cache is None and not (self._failed or self._closed or self.off):
+            began = time.perf_counter()
             try:
                 self._cache = self._open()
+                self._cache.counts.overhead["start"] += time.perf_counter() - began
             except Exception as error:
                 self._failed = True
-                _warn(f"cannot open the cache ({_say(error)}); running without it")
+                warn(f"cannot open the cache ({say(error)}); running without it")
         return self._cache
 
     def _open(self) -> Cache:
@@ -148,11 +148,11 @@ class Session:
         try:
             self._cache.close(status, exit_code)
         except Exception as error:
-            _warn(f"could not end the run cleanly ({_say(error)}); what was computed is in the store")
+            warn(f"could not end the run cleanly ({say(error)}); what was computed is in the store")
         try:
             self._print_summary(self._cache)
         except Exception as error:
-            _warn(f"could not sum up the run ({_say(error)})")
+            warn(f"could not sum up the run ({say(error)})")
 
     def __enter__(self) -> Session:
         return self
@@ -165,11 +165,12 @@ class Session:
         if self._closed or os.getpid() != self._pid or self.cache is None:
             return
         try:
-            seam = importlib.import_module(f"evalcache.integrations.{'transformers' if self._plan is None else 'planning'}")
-            seam.install(self.cache)
+            with self.cache.counts.taking("start"):
+                name = "transformers" if self._plan is None else "planning"
+                importlib.import_module(f"evalcache.integrations.{name}").install(self.cache)
             self._installed = True
         except Exception as error:
-            _warn(f"cannot hold on to transformers ({_say(error)}); running without it")
+            warn(f"cannot hold on to transformers ({say(error)}); running without it")
 
     def _install_again(self) -> None:
         if self._installed:
@@ -189,10 +190,11 @@ class Session:
         if name not in self._clients:
             self._clients.append(name)
         try:
-            self._client(name).install(self.cache)
+            with self.cache.counts.taking("start"):
+                self._client(name).install(self.cache)
         except Exception as error:
             self._client(name).uninstall()
-            _warn(f"cannot hold on to {name} ({_say(error)}); it runs without its adapter")
+            warn(f"cannot hold on to {name} ({say(error)}); it runs without its adapter")
 
     def _client(self, name: str) -> Any:
         return importlib.import_module(f"evalcache.integrations.{name}{'' if self._plan is None else '_plan'}")
@@ -274,60 +276,6 @@ def current() -> Session | None:
     return _current
 
 
-def wrap(model: Any, cache: Cache | None = None) -> Any:
-    """Serve this one model from the cache, whatever the rest of the process does; returns the same object, come what may.
-
-    Args:
-        model: a transformers model that can ``generate``.
-        cache: where to look and store; None means this process's session, which is started without touching other models.
-    """
-    cache = cache if cache is not None else session_cache()
-    if cache is None:
-        return model
-    try:
-        from evalcache.integrations.transformers import wrap as wrap_model
-
-        return wrap_model(model, cache)
-    except Exception as error:
-        _warn(f"cannot wrap this model ({_say(error)}); it runs without the cache")
-        return model
-
-
-def loglikelihood(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    cache: Cache | None = None,
-    batch_tokens: int = 8192,
-    max_length: int | None = None,
-    softmax_dtype: torch.dtype | None = None,
-) -> list[Score]:
-    """Log-probabilities of continuations, scored in length-sorted batches, from the store where they are known.
-
-    Args:
-        model: a causal transformers model. tokenizer: turns text into ids; only the ids are keyed.
-        pairs: (context, continuation); spaces at a context's end go to the continuation.
-        cache: where to look and store; None means this process's session, as in `wrap`.
-        batch_tokens: padded tokens of one batch; no part of the key.
-        max_length: tokens that the model can read; None means its config's. Longer inputs lose their beginning.
-        softmax_dtype: in which logits become log-probabilities; None means ``torch.float32``.
-
-    Returns:
-        One `Score` per pair, in order: the sum, one log-probability per token, and whether greedy decoding would say the same.
-
-    Raises:
-        EvalCacheError: a continuation without tokens, or an encoder–decoder model.
-    """
-    from evalcache.integrations import scoring
-
-    cache = cache if cache is not None else session_cache()
-    settings = {} if softmax_dtype is None else {"softmax_dtype": softmax_dtype}
-    return scoring.loglikelihood(
-        model, tokenizer, pairs, cache=cache, batch_tokens=batch_tokens, max_length=max_length, **settings
-    )
-
-
 def session_cache() -> Cache | None:
     """The cache of this process's session, which is started (without a hook on other models) where there is none."""
     global _current
@@ -390,14 +338,16 @@ def _explain(cache: Cache) -> list[str]:
 
         return explain_misses(Ledger(cache.ledger_path), cache.run_id)
     except Exception as error:  # the reason is a courtesy: a locked ledger must not cost the line
-        return [f"(not known: {_say(error)})"]
+        return [f"(not known: {say(error)})"]
 
 
-def _say(error: BaseException) -> str:
+def say(error: BaseException) -> str:
+    """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """One line on stderr, as everything that this process has to say."""
     _tell(f"evalcache: warning: {text}")
 
 

@@ -322,6 +322,16 @@ def test_no_second_is_counted_twice():
     assert 0.06 <= counts.overhead.total() <= took_s - 0.04
 
 
+def test_the_ledger_knows_what_the_last_sync_took(tmp_path):
+    cache = Cache(tmp_path)
+    ask(cache, Engine())
+    cache.close()
+    rows = Ledger(cache.ledger_path).query("SELECT kind, sum(seconds) AS s FROM overheads GROUP BY kind").rows
+    told = dict(rows)
+    assert 0 < told["last_sync"] < cache.counts.overhead["sync"], "the part up to its commit"
+    assert "sync" not in told, "the last sync counts once"
+
+
 def test_what_a_run_computed_itself_is_no_saving_of_its_own(tmp_path):
     cache = Cache(tmp_path)
     watch = cache.watch(Watch(Engine().manifest, "engine"))

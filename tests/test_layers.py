@@ -90,6 +90,7 @@ LEVELS = {
     "sources": 6.5,  # whose answers they are
     "session": 7,
     "engine": 7.5,  # the loop itself
+    "one_model": 7.5,
     "doctor": 7.5,  # what is wrong with an installation or a folder
     "launch": 7,
     "ab": 7.5,  # a command with us and without

@@ -21,6 +21,7 @@ import torch
 
 from evalcache.cache import Cache
 from evalcache.code import ORIGINAL, origin_of
+from evalcache.collector import paused_for
 from evalcache.errors import UncacheableError
 from evalcache.importhook import ImportHook
 from evalcache.integrations.clients import LM_EVAL, version_of_client
@@ -155,9 +156,11 @@ class Adapter:
             return found
         try:
             self._refuse_others(lm)
-            odd = _odd(lm, asked)
-            even = [place for place in range(len(asked)) if place not in odd]
-            answers = dict(zip(even, self._score(lm, asked, even, *args, **kwargs), strict=True))
+            with paused_for(len(asked)):
+                with self.cache.counts.taking("keys"):
+                    odd = _odd(lm, asked)
+                    even = [place for place in range(len(asked)) if place not in odd]
+                answers = dict(zip(even, self._score(lm, asked, even, *args, **kwargs), strict=True))
         except UncacheableError as error:
             return self._bare(error, len(asked), lambda: original(lm, requests, *args, **kwargs))
         for place in even:
@@ -188,18 +191,8 @@ class Adapter:
         override_bs: Any = None,
     ) -> list[tuple[float, bool]]:
         """Answers to the requests at ``places``."""
-        limit = lm.max_length
-        rows = []
-        for _, context, tail in (asked[place] for place in places):
-            if not context or not tail or len(tail) > limit:
-                raise UncacheableError("argument", "a request that the harness refuses")
-            if len(context) + len(tail) > limit + 1:
-                # As the harness says it, of those that are computed and of those that are stored.
-                logging.getLogger("lm_eval.models.huggingface").warning(
-                    f"Combined length of context ({len(context)}) and continuation ({len(tail)}) exceeds model's maximum length "
-                    f"({limit}). Truncating {len(context) + len(tail) - limit + 1} tokens from the left."
-                )
-            rows.append((context[-(limit + 1 - len(tail)) :], tail))
+        with self.cache.counts.taking("keys"):
+            rows = _rows(lm, [asked[place] for place in places])
         if not rows:
             return []
         if not (lm.softmax_dtype is None or isinstance(lm.softmax_dtype, torch.dtype)):
@@ -228,7 +221,8 @@ class Adapter:
                 known = len(labels.tasks) == len(asked)
                 labels = Labels([labels.tasks[p] for p in places], [labels.documents[p] for p in places]) if known else None
             results = score_rows(self.cache, lm._model, rows, scoring, client=CLIENT, labels=labels)
-        return [_answer(result) for result in results]
+        with self.cache.counts.taking("decode"):
+            return _answers(results)
 
     def _refuse_others(self, lm: Any) -> None:
         """Raises UncacheableError: ``lm`` may answer otherwise than the harness's own class would."""
@@ -300,11 +294,38 @@ def _window_key(context: Sequence[int], tail: Sequence[int]) -> tuple[tuple[int,
     return tuple(context), tuple(tail)
 
 
-def _answer(result: Result) -> tuple[float, bool]:
-    """As the harness adds up: in the dtype of the log-probabilities, so that short dtypes round as they would have."""
-    logprobs = unpack_logprobs(result.logprobs)
-    dtype = getattr(torch, str(result.scalars["dtype"]))
-    return float(torch.from_numpy(logprobs.copy()).to(dtype).sum()), bool(result.scalars["is_greedy"])
+def _rows(lm: Any, asked: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+    """Context and continuation of each request, as much of them as the model can read."""
+    limit = lm.max_length
+    rows = []
+    for _, context, tail in asked:
+        if not context or not tail or len(tail) > limit:
+            raise UncacheableError("argument", "a request that the harness refuses")
+        if len(context) + len(tail) > limit + 1:
+            # As the harness says it, of those that are computed and of those that are stored.
+            logging.getLogger("lm_eval.models.huggingface").warning(
+                f"Combined length of context ({len(context)}) and continuation ({len(tail)}) exceeds model's maximum length "
+                f"({limit}). Truncating {len(context) + len(tail) - limit + 1} tokens from the left."
+            )
+        rows.append((context[-(limit + 1 - len(tail)) :], tail))
+    return rows
+
+
+def _answers(results: Sequence[Result]) -> list[tuple[float, bool]]:
+    """As the harness adds up: in the dtype of the log-probabilities, so that short dtypes round as they would have.
+
+    Rows of one length are added up together: one by one, that would take as long as finding them.
+    """
+    answers: list[tuple[float, bool]] = [(0.0, False)] * len(results)
+    alike: dict[tuple[str, int], list[int]] = {}
+    for place, result in enumerate(results):
+        alike.setdefault((result.scalars["dtype"], len(result.logprobs)), []).append(place)
+    for (dtype, _), places in alike.items():
+        logprobs = unpack_logprobs(b"".join(results[place].logprobs for place in places)).reshape(len(places), -1)
+        sums = torch.from_numpy(logprobs.copy()).to(getattr(torch, dtype)).sum(dim=1).tolist()
+        for place, total in zip(places, sums, strict=True):
+            answers[place] = (total, bool(results[place].scalars["is_greedy"]))
+    return answers
 
 
 def _around(lm: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -20,7 +20,7 @@ from evalcache.environment import device_name
 from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.integrations import lazy
 from evalcache.integrations.generators import generator_states, restore_generators
-from evalcache.integrations.probe import TOLERANCE, batch_dependent
+from evalcache.integrations.probe import TOLERANCE, batch_dependent, other_generators
 from evalcache.integrations.seam import CLIENT, AnotherModelError, Seam
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.measuring import Meter
@@ -237,7 +237,7 @@ def probe_rows(model: Any, scoring: Scoring) -> str:
     ids, mask = torch.zeros((2, _PROBE_LENGTH), dtype=torch.long), torch.ones((2, _PROBE_LENGTH), dtype=torch.long)
     ids[0, : row.shape[1]], ids[1], mask[0, row.shape[1] :] = row, other, 0
     device = model.device
-    states = generator_states(device)
+    states, others = generator_states(device), other_generators()
     try:
         with torch.no_grad(), scoring.around():
             alone = scoring.forward(model, row.to(device), torch.ones_like(row).to(device))[0].double()
@@ -245,7 +245,7 @@ def probe_rows(model: Any, scoring: Scoring) -> str:
     except (RuntimeError, ValueError, IndexError, TypeError):
         return ALONE
     finally:
-        drawn = not all(map(torch.equal, states, generator_states(device)))
+        drawn = not all(map(torch.equal, states, generator_states(device))) or other_generators() != others
         restore_generators(states, device)
     if drawn:
         return DRAWS
