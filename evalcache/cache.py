@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evalcache.checking import Checking
 from evalcache.collector import paused_for, resume
 from evalcache.counts import Counts
-from evalcache.decide import decide
+from evalcache.decide import decide, policy_of
 from evalcache.digest import Digest
 from evalcache.errors import (
     EvalCacheError,
     EvalCacheWarning,
-    FingerprintError,
     LedgerLockedError,
     StoreError,
     UncacheableError,
@@ -44,20 +44,14 @@ from evalcache.provenance import describe_run
 from evalcache.records import Action, Entry, Lookup, Miss, Policy, Result
 from evalcache.serving import Labels, Made, Serving, Told
 from evalcache.store import Store
-from evalcache.watch import Batch, Watch
+from evalcache.watch import Watch
 
-CHECK_SHARE = 0.002
-"""A check that costs less than this share of a batch is made at once; else the one that opens the next call serves both. Two
-checks a call, then, cost well under 1 % of it."""
 COMMIT_S = 3.0
 COMMIT_SHARE = 0.01
 """A long call is checked and committed every `COMMIT_S`; less often where checks would cost more than this share of its time."""
 SYNC_S = 30.0
 SYNC_SHARE = 0.001
 """A long run brings the ledger up to date every `SYNC_S`; less often where that would cost more than this share of its time."""
-PENDING_S = 10.0
-RESULT_LIMIT_BYTES = 256 << 20
-"""A result larger than this (the scores of a long batch over a large vocabulary) is not stored."""
 
 Compute = Callable[[Sequence[int]], Iterable[tuple[int, Result]]]
 """Given the positions to compute (misses only, duplicates merged, in first-seen order), gives (position, result) for each, in any
@@ -89,7 +83,7 @@ class Cache:
         run: str | None = None,
     ) -> None:
         self.directory = default_folder() if directory is None else Path(directory)
-        self.policy = _policy(policy)
+        self.policy = policy_of(policy)
         self.match = match or os.environ.get("EVALCACHE_MATCH") or "portable"
         if self.match not in ("portable", "strict"):
             raise EvalCacheError(f"unknown match {self.match!r}", hint="portable or strict", found=self.match)
@@ -108,7 +102,7 @@ class Cache:
             self.store, self.run_id, self.counts, self._describe,
             writes=self.policy is not Policy.READ_ONLY,
         )  # fmt: skip
-        self._watches: list[Watch] = []
+        self._checking = Checking(self._outbox, self.counts, self._meet)
         self._warned: set[str] = set()
         self._synced_at = time.monotonic()
         self._sync_seconds = 0.0
@@ -118,7 +112,7 @@ class Cache:
     @property
     def untouched(self) -> bool:
         """Whether no model has been met yet: nothing was asked, loaded or written."""
-        return self._outbox.empty and not self._watches
+        return self._outbox.empty and self._checking.empty
 
     # --- one call ------------------------------------------------------------------------------------------------------
 
@@ -128,16 +122,7 @@ class Cache:
         Raises:
             FingerprintError: the model cannot be hashed exactly now; what waited is not stored.
         """
-        with watch.lock:
-            try:
-                with self.counts.taking("fingerprint" if watch.manifest is None else "checks"):
-                    manifest = watch.read()
-            except FingerprintError:
-                self._drop(watch)
-                raise
-            self._settle(watch, manifest)
-            self._meet(watch, manifest)
-            return manifest
+        return self._checking.open(watch)
 
     def serve(
         self,
@@ -191,7 +176,7 @@ class Cache:
 
         def hand_over(made: list[Made], now: bool) -> None:
             if self.policy.writes:
-                self._wait_for_check(watch, made[0][1].model, made, now)
+                self._checking.wait(watch, made[0][1].model, made, now)
 
         with paused_for(len(actions)):
             with self.counts.taking("keys"):
@@ -236,7 +221,7 @@ class Cache:
                     ("uncacheable",) * requests,
                     (f"{reason}: {detail}" if detail else reason,) * requests,
                     (share,) * requests,
-                )
+                )  # fmt: skip
             )
         self._flush_soon()
 
@@ -249,19 +234,7 @@ class Cache:
 
     def block(self) -> dict[str, Any]:
         """What this run has reused so far, for a client's own results. JSON."""
-        counts = self.counts
-        overhead_s = sum(counts.overhead.values())
-        return {
-            "run": self.run_id,
-            "hits": counts.hits,
-            "misses": counts.misses,
-            "uncacheable": dict(counts.uncacheable),
-            "duplicates": counts.duplicates,
-            "model_loads": counts.model_loads,
-            "saved_seconds": counts.credited_seconds - overhead_s,
-            "overhead_seconds": overhead_s,
-            "models": {name: str(root) for name, root in counts.models.items()},
-        }
+        return {"run": self.run_id} | self.counts.block()
 
     def get_object(self, name: str) -> bytes | None:
         """A shared object's bytes, from what waits or from the store; a fault reads as absent."""
@@ -299,37 +272,17 @@ class Cache:
 
     def watch(self, watch: Watch) -> Watch:
         """Register a watch, so that `close` makes the last check for it. Lets other models go."""
-        self.let_go()
-        with self._lock:
-            self._watches.append(watch)
-        return watch
+        return self._checking.watch(watch)
 
     def let_go(self) -> bool:
-        """Check what waits of models that no call is busy with. Says whether something waited.
-
-        What waits for its check keeps its model alive: a script that has deleted it may need the memory for the next one.
-        """
-        waited = False
-        for watch in list(self._watches):
-            if watch.pending and watch.lock.acquire(blocking=False):
-                waited = True
-                try:
-                    self.open(watch)
-                except Exception:  # control is not with a call of ours: whatever fails here, the script goes on
-                    self._drop(watch)
-                finally:
-                    watch.lock.release()
-        return waited
+        """Check what waits of models that no call is busy with, and let them go. Says whether something waited."""
+        return self._checking.let_go()
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Check what waits, and write everything that is due."""
-        for watch in list(self._watches):
-            if watch.pending:
-                # A refusal has dropped and counted what waited.
-                with contextlib.suppress(FingerprintError):
-                    self.open(watch)
+        self._checking.flush()
         self._outbox.commit()
 
     def close(self, status: str = "ok", exit_code: int | None = None) -> None:
@@ -404,39 +357,6 @@ class Cache:
             self._outbox.put_object(f"model/{manifest.root.hex}", manifest.to_bytes())
             self._outbox.tell(ModelSeen(self.run_id, manifest.root.value, name, watch.role))
 
-    def _wait_for_check(self, watch: Watch, root: Digest, entries: list[tuple[Digest, Action, Result]], force: bool) -> None:
-        storable = [entry for entry in entries if _size_bytes(entry[2]) <= RESULT_LIMIT_BYTES]
-        if len(storable) < len(entries):
-            self._not_stored("too_large", len(entries) - len(storable))
-        if not storable:
-            return
-        with watch.lock:
-            watch.put(Batch(root, storable, time.monotonic()))
-            busy_s = sum(result.cost.seconds for _, _, result in entries if result.cost)
-            waited_s = time.monotonic() - watch.pending[0].since
-            if force or watch.check_seconds < CHECK_SHARE * busy_s or waited_s > PENDING_S:
-                # A refusal has dropped and counted what waited.
-                with contextlib.suppress(FingerprintError):
-                    self.open(watch)
-
-    def _settle(self, watch: Watch, manifest: Manifest) -> None:
-        batches = watch.take()
-        good = [entry for batch in batches if batch.root == manifest.root for entry in batch.entries]
-        self._not_stored("changed", sum(len(batch.entries) for batch in batches) - len(good))
-        if good:
-            self._outbox.commit(good)
-
-    def _drop(self, watch: Watch) -> None:
-        batches = watch.take()
-        self._not_stored("changed", sum(len(batch.entries) for batch in batches))
-
-    def _not_stored(self, reason: str, number: int) -> None:
-        # The caller has these answers; the store must not.
-        if number:
-            self.counts.not_stored += number
-            self.counts.misses -= number
-            self.counts.uncacheable[reason] += number
-
     def _tell_lookups(self, watch: Watch, told: Told, client: str) -> None:
         if not told.keys:
             return
@@ -464,9 +384,7 @@ class Cache:
         self._outbox.begin_child()
         self.meter = Meter()
         self._synced_at = math.inf
-        for watch in self._watches:
-            watch.lock = threading.RLock()
-            watch.take()
+        self._checking.begin_child()
         if multiprocessing := sys.modules.get("multiprocessing.util"):
             # Its processes end without the interpreter's own exit: a worker's last batch would be lost.
             multiprocessing.register_after_fork(self, lambda cache: multiprocessing.Finalize(None, cache.flush, exitpriority=0))
@@ -482,16 +400,3 @@ def _begin_children() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_children)
-
-
-def _size_bytes(result: Result) -> int:
-    return len(result.tokens) + len(result.logprobs) + sum(len(array.data) for array in result.arrays.values())
-
-
-def _policy(policy: Policy | str | None) -> Policy:
-    given = policy if policy is not None else os.environ.get("EVALCACHE") or "use"
-    try:
-        return Policy(given)
-    except ValueError:
-        names = ", ".join(one.value for one in Policy)
-        raise EvalCacheError(f"unknown policy {given!r}", hint=f"EVALCACHE is one of {names}", found=given) from None

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from evalcache.digest import Digest
 
@@ -79,3 +80,17 @@ class Counts:
             else:
                 self.misses += 1
                 self.spent_seconds += cost_s or 0.0
+
+    def block(self) -> dict[str, Any]:
+        """What was reused so far, for a client's own results. JSON."""
+        overhead_s = sum(self.overhead.values())
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "uncacheable": dict(self.uncacheable),
+            "duplicates": self.duplicates,
+            "model_loads": self.model_loads,
+            "saved_seconds": self.credited_seconds - overhead_s,
+            "overhead_seconds": overhead_s,
+            "models": {name: str(root) for name, root in self.models.items()},
+        }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from evalcache.digest import Digest
-from evalcache.errors import FrameError, ReplayMissError
+from evalcache.errors import EvalCacheError, FrameError, ReplayMissError
 from evalcache.records import Entry, Lookup, Miss, Policy, Uncacheable
 
 
@@ -31,3 +33,17 @@ def decide(policy: Policy, key: Digest, found: Entry | FrameError | None) -> Loo
             reason=miss.reason,
         )
     return miss
+
+
+def policy_of(given: Policy | str | None) -> Policy:
+    """The policy of this name; None means ``EVALCACHE``, or ``use``.
+
+    Raises:
+        EvalCacheError: there is none of this name.
+    """
+    name = given if given is not None else os.environ.get("EVALCACHE") or "use"
+    try:
+        return Policy(name)
+    except ValueError:
+        names = ", ".join(one.value for one in Policy)
+        raise EvalCacheError(f"unknown policy {name!r}", hint=f"EVALCACHE is one of {names}", found=name) from None

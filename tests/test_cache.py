@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import evalcache.cache as module
+import evalcache.checking as checking
 from evalcache.cache import Cache
 from evalcache.digest import digest_bytes
 from evalcache.errors import EvalCacheError, EvalCacheWarning, FingerprintError, ReplayMissError
@@ -199,7 +200,7 @@ def test_all_or_none(tmp_path):
 
 
 def test_results_that_are_too_large_are_returned_and_not_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RESULT_LIMIT_BYTES", 100)
+    monkeypatch.setattr(checking, "RESULT_LIMIT_BYTES", 100)
     engine, cache = Engine(), Cache(tmp_path)
     watch = cache.watch(Watch(engine.manifest))
     root = cache.open(watch).root

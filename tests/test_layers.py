@@ -69,6 +69,7 @@ LEVELS = {
     "store": 4,
     "outbox": 4.2,  # what a run has to tell, until it is committed
     "ledger": 4,
+    "checking": 4.7,  # what waits for the check after it
     "cache": 5,
     "figures": 3,  # of an audit
     "differences": 5,  # in what two things differ

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evalcache.cache import RESULT_LIMIT_BYTES
+from evalcache.checking import RESULT_LIMIT_BYTES
 from evalcache.errors import UncacheableError
 from evalcache.integrations.generation import Call
 from evalcache.integrations.generators import generator_states, restore_generators
