@@ -14,12 +14,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evalcache.asked import check_json
+from evalcache.canonical import digest_canonical
 from evalcache.code import class_name, is_library_class, library_of, version_of
 from evalcache.digest import digest_bytes
-from evalcache.errors import EvalCacheError, FingerprintError, UncacheableError
+from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError, UncacheableError
 from evalcache.library_code import LibraryCode
 from evalcache.records import Fields
-from evalcache.user_code import UserCode
+from evalcache.user_code import UserCode, is_users_method
+
+# Of a tokenizer's attributes: how it was made, and what it has warned of.
+_OF_A_TOKENIZER = frozenset(
+    "init_kwargs init_inputs deprecation_warnings files_loaded _special_tokens_map _extra_special_tokens".split()
+)
 
 
 def describe_compute(compute: Any, model: Any, settings: Mapping[str, Any] | None, version: str | None) -> Fields:
@@ -57,30 +63,44 @@ class _Code(UserCode):
         # Asked for nothing before it is known to be one: a sleeping model would wake.
         return self._encode_other(value) if _is_module(value) else super()._value(value)
 
+    def _unknowable(self, problem: str) -> None:
+        if self._encode_other.version is None:
+            super()._unknowable(problem)
+
 
 class _Reached:
     """What ``compute`` reaches and is neither code nor a plain value → canonical value, or `FingerprintError`."""
 
     def __init__(self, model: Any, version: str | None) -> None:
         self._model = model
-        self._version = version
+        self.version = version
 
     def __call__(self, value: Any) -> Any:
         if self._model is not None and value is self._model:
             return ["model"]
         torch = sys.modules.get("torch")
         if _is_module(value):
+            from evalcache.environment import describe_environment, generation_settings
             from evalcache.weights import fingerprint
+            from evalcache.wrappers import awake
 
-            return ["module", fingerprint(value).root.value]
+            live = awake(value)
+            # What stands beside its weights, as of the model that is asked.
+            beside = describe_environment(live).keyed.digest.value
+            try:
+                return ["module", fingerprint(live).root.value, beside, generation_settings(live)]
+            except UncacheableError as error:
+                raise FingerprintError("", error.detail, "code") from error
         if torch is not None and isinstance(value, torch.Tensor):
             from evalcache.weights import tensor_bytes
 
             return ["tensor", str(value.dtype), list(value.shape), digest_bytes(tensor_bytes(value)).value]
+        if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
+            return ["numpy", type(value).__name__, str(value.dtype), list(value.shape), digest_bytes(value.tobytes()).value]
         if any(cls.__name__ == "PreTrainedTokenizerBase" for cls in type(value).__mro__):
-            return _tokenizer(value)
+            return _tokenizer(value, self.version)
         kind = type(value)
-        if self._version is not None and (is_library_class(kind) or not hasattr(value, "__dict__")):
+        if self.version is not None and (is_library_class(kind) or not hasattr(value, "__dict__")):
             return ["vouched for", class_name(kind)]
         raise FingerprintError("", f"an object of type {class_name(kind)}", "code")
 
@@ -90,9 +110,12 @@ def _is_module(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
-def _tokenizer(value: Any) -> Any:
+def _tokenizer(value: Any, version: str | None) -> Any:
     from evalcache.integrations.processors import tokenizer_digest
 
+    methods = (one for base in type(value).__mro__ for one in vars(base).values())
+    if version is None and any(map(is_users_method, methods)):
+        raise FingerprintError("", f"a tokenizer whose class {class_name(type(value))} was patched", "code")
     try:
         content = tokenizer_digest(value)
     except UncacheableError as error:
@@ -100,6 +123,11 @@ def _tokenizer(value: Any) -> Any:
     plain = {name: one for name, one in vars(value).items() if type(one) in (bool, str)}
     plain |= {name: str(one) for name, one in vars(value).items() if type(one) in (int, float)}
     plain.pop("name_or_path", None)
+    held = {name: one for name, one in vars(value).items() if type(one) in (dict, list, tuple) and name not in _OF_A_TOKENIZER}
+    try:
+        plain["held"] = digest_canonical(held).value  # several chat templates, names of inputs
+    except CanonicalError as error:
+        raise FingerprintError("", f"a tokenizer that holds {error.message}", "code") from error
     return ["tokenizer", content, plain, {name: str(token) for name, token in value.special_tokens_map.items()}]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from evalcache.canonical import digest_canonical
 from evalcache.code import version_of
-from evalcache.errors import EvalCacheError
+from evalcache.errors import CanonicalError, EvalCacheError, UncacheableError
 from evalcache.records import Environment, Fields
 
 MATCHES = ("portable", "strict")
@@ -80,6 +81,23 @@ def describe_environment(
         ]
     recorded = {"device_name": device_name(kind), "deterministic": torch.are_deterministic_algorithms_enabled()}
     return Environment(Fields(keyed | ({"strict": recorded} if match == "strict" else {})), recorded)
+
+
+def generation_settings(model: Any) -> Any:
+    """The settings that calls of ``generate`` fall back to, no part of a manifest: of a model, or of those inside of it.
+
+    Raises:
+        UncacheableError: ``argument``, they have no canonical form.
+    """
+    config = getattr(model, "generation_config", None)
+    asleep = type(model).__name__ == "LazyModel"  # which has one, or cannot generate
+    inner = model.named_modules() if config is None and not asleep and isinstance(model, torch.nn.Module) else ()
+    configs = {path: vars(one)["generation_config"] for path, one in inner if "generation_config" in vars(one)}
+    try:
+        found = {path: digest_canonical(one.to_dict()).value for path, one in configs.items()}
+        return found or digest_canonical({} if config is None else config.to_dict()).value
+    except (CanonicalError, AttributeError) as error:
+        raise UncacheableError("argument", f"generation config: {error}") from error
 
 
 def device_type(model: Any) -> str:

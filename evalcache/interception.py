@@ -7,6 +7,7 @@ our own are known to change nothing; any other is refused, with the module it wa
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from typing import Any
 
@@ -37,6 +38,9 @@ def refuse_interception() -> None:
         for hook in getattr(nn.modules.module, name).values():
             if not _is_harmless(hook):
                 raise FingerprintError("", f"global hook {_described(hook)}", "hook")
+    parametrize = sys.modules.get("torch.nn.utils.parametrize")
+    if getattr(parametrize, "_cache_enabled", 0):
+        raise FingerprintError("", "torch.nn.utils.parametrize.cached() holds weights of its own", "hook")
     for mode in torch.overrides._get_current_function_mode_stack():
         if not type(mode).__module__.startswith("torch.utils._device"):
             raise FingerprintError("", f"torch function mode {type(mode).__qualname__} is active", "hook")

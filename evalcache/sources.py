@@ -17,7 +17,7 @@ from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
 from evalcache.code import version_of
 from evalcache.digest import Digest, Hasher, digest_bytes
-from evalcache.errors import CanonicalError, EvalCacheError, UncacheableError
+from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.filememo import FileMemo, FileStamp
 from evalcache.identity import identify_checkpoint
 from evalcache.manifest import Manifest, ModuleRecord
@@ -80,10 +80,11 @@ class Source:
         """
         if self.model is None:
             return cache.open(self.watch), Environment(Fields(self._versions))
+        from evalcache.environment import generation_settings
         from evalcache.integrations.seam import Seam
 
         manifest, environment = Seam.of(cache).look(self.model, self.watch)
-        keyed = dict(environment.keyed) | self._versions | {"generation": _generation_config(self.model)}
+        keyed = dict(environment.keyed) | self._versions | {"generation": generation_settings(self.model)}
         return manifest, Environment(Fields(keyed), environment.recorded)
 
     def wake(self, cache: Cache) -> Digest | None:
@@ -157,15 +158,6 @@ def _live_watch(cache: Cache, model: Any, role: str) -> Watch:
         watches[role] = Seam(cache).watch(model)
         watches[role].role = role
     return watches[role]
-
-
-def _generation_config(model: Any) -> Any:
-    """The settings that a call of ``model.generate`` falls back to, which are no part of a model's manifest."""
-    config = getattr(model, "generation_config", None)
-    try:
-        return digest_canonical({} if config is None else config.to_dict()).value
-    except CanonicalError as error:
-        raise UncacheableError("argument", f"generation config: {error.message}") from error
 
 
 def _versions(engine: str, *packages: str) -> dict[str, Any]:

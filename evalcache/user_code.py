@@ -37,12 +37,15 @@ from evalcache.code import (
 from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import FingerprintError
 from evalcache.library_code import LibraryCode
+from evalcache.lookups import computes_attributes, computes_globals, environment_names
 
 _DYNAMIC_NAMES = frozenset({"getattr", "globals", "locals", "vars", "eval", "exec", "import_module", "__import__"})
 _EVALUATED = frozenset({"eval", "exec"})
 _LOOK_UP = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME"))
 # They shape no answer, and their insides (handlers, locks) cannot be hashed.
 _INERT = ("typing", "_thread", "_abc", "abc")
+_SCALARS = frozenset({bool, int, float, complex, str, bytes})
+_OUR_VARIABLES = ("EVALCACHE", "PYTEST_")
 _HEAP_TYPE = 1 << 9
 _HAS_DOCSTRING = 1 << 26
 _COMPILED = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
@@ -113,7 +116,8 @@ class UserCode:
         if isinstance(value, types.MethodType):
             return ["method", self._value(value.__func__), self._value(value.__self__)]
         if isinstance(value, (functools.partial, functools.partialmethod)):
-            return ["partial", self._value(value.func), self._value(list(value.args)), self._value(dict(value.keywords))]
+            bound = [self._value(list(value.args)), self._value(dict(value.keywords))]
+            return ["partial", self._value(value.func), *bound, self._insides(value)]
         if isinstance(value, BUILTINS):
             owner = getattr(value, "__self__", None)
             bound = None if owner is None or isinstance(owner, (type, types.ModuleType)) else self._value(owner)
@@ -166,7 +170,8 @@ class UserCode:
     def _function(self, function: types.FunctionType) -> Any:
         code = function.__code__
         names = _named(code)
-        cells = [self._global(cell_value(cell), names) for cell in function.__closure__ or ()]
+        every = computes_attributes(code)
+        cells = [self._global(cell_value(cell), names, every) for cell in function.__closure__ or ()]
         defaults = [self._value(function.__defaults__), self._value(function.__kwdefaults__)]
         origin = origin_of(function)
         if origin is not None:
@@ -174,21 +179,40 @@ class UserCode:
             own = self._library.function(function) if not cells else digest_canonical(code_value(function.__code__)).value
             return ["library", origin, function.__module__, function.__qualname__, own, cells, defaults]
         known = function.__globals__
-        reached = [[name, self._global(known[name], names)] for name in _looked_up(code) if name in known]
-        reached += [[module.__name__, self._global(module, names)] for module in _imported_modules(function)]
+        if computes_globals(code):
+            self._unknowable(f"{function.__qualname__} asks for globals by names that do not stand in it")
+        reached = [[name, self._global(known[name], names, every)] for name in _looked_up(code) if name in known]
+        reached += [[name, self._value(value)] for name, value in _put_into_python(function)]
+        reached += [[module.__name__, self._global(module, names, every)] for module in _imported_modules(function)]
         if {"environ", "getenv"}.intersection(names):
-            reached += [["environ", name, os.environ.get(name)] for name in _texts(code)]
+            read = environment_names(code, known)
+            everything = (one for one in os.environ if not one.startswith(_OUR_VARIABLES))
+            wanted = set(everything if read is None else [*_texts(code), *read])
+            reached += [["environ", name, os.environ.get(name)] for name in sorted(wanted)]
         own = [[name, self._value(item)] for name, item in sorted(vars(function).items()) if not name.startswith("__")]
         return [code_value(code), defaults, cells, reached, own, self._source(function, names)]
 
-    def _global(self, value: Any, names: Iterable[str], above: tuple[Any, ...] = ()) -> Any:
-        """A global that the code names; of a user's module, those of its attributes that the code may reach."""
-        if isinstance(value, types.ModuleType) and _is_users_module(value):
-            if any(value is one for one in above):  # packages and their modules import each other
-                return ["module again"]
-            inside = vars(value)
-            return ["module", [[name, self._global(inside[name], names, (*above, value))] for name in names if name in inside]]
-        return self._value(value)
+    def _global(self, value: Any, names: Iterable[str], every: bool = False, above: tuple[Any, ...] = ()) -> Any:
+        """A global that the code names; of a module, those of its attributes that the code may reach.
+
+        Args:
+            every: the code computes the names of attributes.
+        """
+        if not isinstance(value, types.ModuleType):
+            return self._value(value)
+        inside = vars(value)
+        if not _is_users_module(value):
+            put = [[name, self._value(inside[name])] for name in names if name in inside and _is_users_value(inside[name])]
+            return [self._value(value), put] if put else self._value(value)
+        if any(value is one for one in above):  # packages and their modules import each other
+            return ["module again"]
+        if every:
+            return self._value(value)
+        return ["module", [[name, self._global(inside[name], names, every, (*above, value))] for name in names if name in inside]]
+
+    def _unknowable(self, problem: str) -> None:
+        """What no hash of the code can tell."""
+        raise FingerprintError("", problem, "code")
 
     def _class(self, cls: type) -> Any:
         if is_library_class(cls):
@@ -211,7 +235,9 @@ class UserCode:
     def _library_class(self, cls: type) -> Any:
         if cls.__module__.startswith(("torch.nn.", "transformers.", "peft.")):
             return ["class", class_name(cls), self._library.digest(cls).value]
-        return ["class", class_name(cls)]
+        # Of others the version of their library tells, except for methods that somebody has put there.
+        put = [[name, self._value(one)] for base in cls.__mro__ for name, one in vars(base).items() if is_users_method(one)]
+        return ["class", class_name(cls), *put]
 
     def _source(self, function: types.FunctionType, names: list[str]) -> bytes:
         """Source bytes of the file, where instructions may not tell everything: modules, and scripts that look up by name."""
@@ -316,6 +342,34 @@ def _is_users_module(module: types.ModuleType) -> bool:
         return library_of(file) is None
     # A package without a file of its own, or one that was made at run time; those compiled into Python have none either.
     return type(module) is types.ModuleType and getattr(module.__spec__, "origin", None) not in ("built-in", "frozen")
+
+
+def _put_into_python(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """What a function looks up as a name of Python's own, and somebody else has put there."""
+    known, own = function.__globals__, getattr(function, "__builtins__", {})
+    found = [(name, own[name]) for name in _looked_up(function.__code__) if name not in known and name in own]
+    return [(name, value) for name, value in found if name[:2] != "__" and not _is_pythons(value)]
+
+
+def _is_pythons(value: Any) -> bool:
+    if value is Ellipsis or value is NotImplemented:
+        return True
+    if isinstance(value, (type, types.BuiltinFunctionType)):
+        return value.__module__ in ("builtins", "io", "_io", "_sitebuiltins")
+    return type(value).__module__ == "_sitebuiltins"
+
+
+def _is_users_value(value: Any) -> bool:
+    """Whether somebody may have put it into a library's module, where the library's version does not tell."""
+    return type(value) in _SCALARS or is_users_method(value)
+
+
+def is_users_method(value: Any) -> bool:
+    """Whether it is a function or method that lies in no library's file."""
+    function = getattr(value, "__func__", value)
+    if not isinstance(function, types.FunctionType) or function.__code__.co_filename.startswith("<"):
+        return False  # what libraries make by `exec` lies nowhere
+    return origin_of(function) is None
 
 
 def _is_kernel_table(value: Any) -> bool:

@@ -44,12 +44,14 @@ class Traits:
     Args:
         rows: on nothing but themselves. left: not on padding before them; right: not on padding after them.
         draws: a forward draws random numbers, so that a greedy answer depends on the generators too.
+        steady: asked twice from the same states of torch's generators, it answers alike.
     """
 
     rows: bool
     left: bool
     right: bool
     draws: bool = False
+    steady: bool = True
 
 
 @dataclass(slots=True)
@@ -147,6 +149,8 @@ def resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
 
 
 def _resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
+    if not traits.steady:
+        raise UncacheableError("unsupported", "asked twice this model answers differently, and not by torch's generators")
     given = dict(arguments)
     _refuse(given)
     processors = describe_processors(given.pop("logits_processor", None))
@@ -211,6 +215,8 @@ def _resolve(model: Any, arguments: dict[str, Any], traits: Traits) -> Call:
     scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits or beams))
     # A caller's criteria take the place of the end ids, and a processor may hold a tensor with a line for each row.
     whole = samples or scores or bool(batch_tensors or processors or criteria)
+    # Groups that are quantised together may reach into padding, and over rows.
+    whole = whole or "quantized" in str(config.cache_implementation)
     whole = whole or (ids.shape[0] > 1 and (config.stop_strings is not None or not traits.rows))
     sensitive = reads_padding(settings, encoder_decoder)
     call = Call(

@@ -7,6 +7,8 @@ known by name: rotary embeddings that change with the longest row, experts with 
 
 from __future__ import annotations
 
+import random
+import sys
 from typing import Any
 
 import torch
@@ -58,15 +60,18 @@ def probe(model: Any, generate: Any) -> Traits:
         Rows and padding all False where the probe cannot be run, or tells nothing (a model whose answer does not even depend on
         the order of the prompt): then every batch is one Action.
 
-    Cost: three generations of three tokens. The generators are left as they were.
+    Cost: three generations of three tokens; two more where rows depend on each other. The generators are left as they were.
     """
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
-    states = generator_states(model.device)
+    states, others = generator_states(model.device), other_generators()
+    steady = True
     try:
         if vocabulary < _LENGTH:
             return _unknown(draws=True)
         found = _ask(model, generate, vocabulary)
         draws = not all(map(torch.equal, states, generator_states(model.device)))
+        if not found[0] or other_generators() != others:
+            steady = _is_steady(model, generate, vocabulary, states)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return _unknown(draws=True)
     finally:
@@ -74,8 +79,8 @@ def probe(model: Any, generate: Any) -> Traits:
     # A prompt-learning adapter stands around a model, which makes the tokens.
     inner = model.get_base_model() if hasattr(type(model), "get_base_model") else model
     if batch_dependent(model.config) or _decodes_by_itself(type(inner)):
-        return _unknown(draws)
-    return Traits(*found, draws)
+        return _unknown(draws, steady)
+    return Traits(*found, draws, steady)
 
 
 def _decodes_by_itself(cls: type) -> bool:
@@ -85,16 +90,39 @@ def _decodes_by_itself(cls: type) -> bool:
     return any(getattr(cls, name, None) is not getattr(GenerationMixin, name, None) for name in _DECODING)
 
 
-def _unknown(draws: bool) -> Traits:
-    return Traits(False, False, False, draws)
+def _unknown(draws: bool, steady: bool = True) -> Traits:
+    return Traits(False, False, False, draws, steady)
+
+
+def other_generators() -> Any:
+    """The states of Python's and numpy's own generators, of which no key knows."""
+    numpy = sys.modules.get("numpy.random")
+    name, words, *rest = ("", b"") if numpy is None else numpy.get_state()
+    return random.getstate(), name, bytes(words), rest
+
+
+def _is_steady(model: Any, generate: Any, vocabulary: int, states: list[torch.Tensor]) -> bool:
+    """Whether a row answers alike twice, alone and from the same states of torch's generators."""
+    row, answers, others = _row(vocabulary).to(model.device), [], other_generators()
+    for _ in range(2):
+        restore_generators(states, model.device)
+        answers.append(_logits(generate, row, torch.ones_like(row)).double())
+    one, other = answers
+    tolerance = TOLERANCE.get(torch.float32, 0.0) * max(1e-3, float(one.abs().max()))
+    return float((one - other).abs().max()) <= tolerance and other_generators() == others
+
+
+def _row(vocabulary: int) -> torch.Tensor:
+    """The row that is asked again and again. Shape: ``(1, 8) int64``."""
+    row = torch.randint(2, vocabulary, (1, _LENGTH), generator=torch.Generator().manual_seed(0))  # never the script's own
+    row[0, :2] = torch.tensor([2, vocabulary - 1])
+    return row
 
 
 def _ask(model: Any, generate: Any, vocabulary: int) -> tuple[bool, bool, bool]:
     """Whether a row answers alike beside another one, with padding before it, and with padding after it."""
-    numbers = torch.Generator().manual_seed(0)  # never the script's own generator
-    device = model.device
-    row = torch.randint(2, vocabulary, (1, _LENGTH), generator=numbers)
-    row[0, :2] = torch.tensor([2, vocabulary - 1])
+    numbers = torch.Generator().manual_seed(1)  # never the script's own generator
+    device, row = model.device, _row(vocabulary)
     other = torch.randint(2, vocabulary, (1, _LENGTH + _MORE), generator=numbers)
     turned = torch.cat([row[:, :-1].flip(1), row[:, -1:]], 1)
     # Not pad ids alone: some models count positions by looking for those, whatever the mask says.

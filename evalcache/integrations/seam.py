@@ -259,7 +259,7 @@ class Seam:
         def ask() -> list[bool]:
             with buffered_logs():
                 found = probe(unwrap(lazy.awake(inner)), functools.partial(original))
-            return [found.rows, found.left, found.right, found.draws]
+            return [found.rows, found.left, found.right, found.draws, found.steady]
 
         return Traits(*self.once([manifest.root.value, environment.keyed.digest.value], ask))
 
