@@ -210,19 +210,9 @@ class Cache:
                 self.counts.spent_seconds += seconds
             share = None if seconds is None else seconds / requests
             root = next(iter(self.counts.models.values()), None)
-            self._outbox.tell(
-                LookedUp(
-                    self.run_id,
-                    time.time(),
-                    root.value if root else b"",
-                    client,
-                    "",
-                    (b"",) * requests,
-                    ("uncacheable",) * requests,
-                    (f"{reason}: {detail}" if detail else reason,) * requests,
-                    (share,) * requests,
-                )  # fmt: skip
-            )
+            why = f"{reason}: {detail}" if detail else reason
+            columns = ((b"",) * requests, ("uncacheable",) * requests, (why,) * requests, (share,) * requests)
+            self._outbox.tell(LookedUp(self.run_id, time.time(), root.value if root else b"", client, "", *columns))
         self._flush_soon()
 
     @contextlib.contextmanager
