@@ -19,7 +19,7 @@ from evalcache.printing import visible
 from evalcache.report import sections
 from evalcache.report.answers import answers
 from evalcache.report.gather import gather
-from evalcache.report.tables import figure_cell, one_line
+from evalcache.report.tables import command, figure_cell, one_line
 from evalcache.summary import format_seconds
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -109,5 +109,5 @@ def _environment() -> Any:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.globals |= {"source": lambda name: markupsafe.Markup(_source(name)), "cell": figure_cell, "one_line": one_line}
-    environment.filters |= {"drawing": markupsafe.Markup, "seconds": format_seconds}
+    environment.filters |= {"drawing": markupsafe.Markup, "seconds": format_seconds, "command": command}
     return environment

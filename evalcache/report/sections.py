@@ -83,9 +83,10 @@ def by_task(gathered: Gathered) -> Figure:
     check = (
         "SELECT concat_ws(':', nullif(client, ''), nullif(task, '')) AS task, sum(requests) AS requests, sum(hits) AS hits, "
         "sum(credited_seconds + imported_seconds) AS reused_seconds, sum(spent_seconds) AS spent_seconds, "
-        "reused_seconds / nullif(reused_seconds + spent_seconds, 0) AS hit_rate_by_seconds "
-        f"FROM audit_by_task WHERE requests > 0{_since(gathered, ' AND')} GROUP BY task "
-        "ORDER BY reused_seconds + spent_seconds DESC"
+        "sum(credited_seconds + imported_seconds) / nullif(sum(credited_seconds + imported_seconds + spent_seconds), 0) "
+        "AS hit_rate_by_seconds "
+        f"FROM audit_by_task WHERE requests > 0{_since(gathered, ' AND')} GROUP BY 1 "
+        "ORDER BY sum(credited_seconds + imported_seconds + spent_seconds) DESC"
     )
     name = "Chart: hit rate of each task, by request and by second"
     report = gathered.by_task
@@ -245,7 +246,7 @@ def changes(family: Family) -> Figure:
             [
                 step,
                 one_line(family.steps[place][2], 60),
-                f"{len(changed):,} of {len(here):,}",
+                f"{len(changed):,} of {sum(bool(row['bytes'] or row['modules_changed']) for row in here):,}",
                 f"{sums['modules_changed']:,} of {sums['modules']:,}",
                 sums["weights_changed"],
                 f"{sums['bytes_changed']:,} of {sums['bytes']:,} B",
@@ -330,7 +331,8 @@ def _day_before(day: str) -> str:
 
 def _short(blocks: Sequence[str]) -> dict[str, str]:
     """Names without the prefix that most of them have (``model.``)."""
-    prefixes = [block.partition(".")[0] for block in blocks if "." in block]
+    parts = [block.split(".") for block in blocks]
+    prefixes = [part[0] for part in parts if len(part) > 1 and not part[1].isdecimal()]
     most = max(set(prefixes), key=prefixes.count) if prefixes else ""
     trimmed = {block: block.removeprefix(f"{most}.") for block in blocks}
     if len(set(trimmed.values())) < len(trimmed):

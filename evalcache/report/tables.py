@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,12 @@ def one_line(text: Any, most: int = 200) -> str:
     """What somebody else wrote, on one line that shows all its signs, and no longer than ``most``."""
     shown = " ".join(visible(str(text)).split())
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def command(sql: str) -> str:
+    """A query as it is typed in a shell: nothing in it means more there than it says."""
+    harmless = not set(sql) & set('"$`!\\')  # within double quotes, which leave SQL's own single ones as they are
+    return f'evalcache query "{sql}"' if harmless else f"evalcache query {shlex.quote(sql)}"
 
 
 def more(rows: Sequence[Any], most: int, how: str) -> str:
