@@ -10,7 +10,6 @@ and leaves the generators as they would have been.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,22 +19,21 @@ import torch
 
 from evalcache.cache import Cache
 from evalcache.digest import digest_bytes
-from evalcache.environment import device_name
 from evalcache.errors import UncacheableError
 from evalcache.integrations import lazy
 from evalcache.integrations.clients import LM_EVAL, version_of_client
 from evalcache.integrations.generation import Call
 from evalcache.integrations.generators import generator_states, restore_generators
-from evalcache.integrations.lm_eval_requests import Asked, Numbered, canonical_settings, read_request, refuse_mixtures
-from evalcache.integrations.outputs import row_results, to_array, to_tensor
+from evalcache.integrations.lm_eval_answers import Row, cut, generate_until
+from evalcache.integrations.lm_eval_requests import Asked, canonical_settings, read_request, refuse_mixtures
+from evalcache.integrations.outputs import to_array, to_tensor
 from evalcache.integrations.processors import tokenizer_digest
 from evalcache.integrations.seam import AnotherModelError, Seam, not_again
-from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving
 from evalcache.watch import Watch
-from evalcache.weights import tensor_bytes, unwrap
+from evalcache.weights import tensor_bytes
 
 _CHUNK = 128  # requests that are resolved together
 _log = logging.getLogger("lm_eval.evalcache")
@@ -249,7 +247,7 @@ class _Part:
     def _compute(self, missing: Sequence[int], calls: Sequence[tuple[Call, int]], serving: Serving, bar: Any) -> None:
         """Have the harness answer the missing requests, and take each answer as it comes."""
 
-        def take(numbered: int, text: str, made: _Row) -> None:
+        def take(numbered: int, text: str, made: Row) -> None:
             position = missing[numbered]
             call, _ = calls[position]
             plain = self._plain(call, self._asked(position))
@@ -267,54 +265,14 @@ class _Part:
 
         self._run([self.places[position] for position in missing], take, calls[0][0], True)
 
-    def _run(self, places: Sequence[int], take: Callable[[int, str, _Row], None], call: Call, disable_tqdm: bool) -> list[str]:
-        """The harness's own ``generate_until`` over some of the requests; ``take`` is told of each answer."""
-        lm = self.lm
-        numbered = [
-            dataclasses.replace(
-                self.requests[place], arguments=(Numbered.of(self.asked[place].text, number), self.asked[place].given)
-            )
-            for number, place in enumerate(places)
-        ]
-        batch: list[_Row] = []
-        generate = lm._model_generate
-
-        def watched(context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-            with measured(unwrap(lazy.awake(lm._model)), context.device, self.owner.cache.meter) as watch:
-                output = generate(context, max_length, stop, **kwargs)
-            batch[:] = _rows(call, context, kwargs.get("attention_mask"), output, watch)
-            return output
-
-        class Hook:
-            """Takes each answer as it is made; the caller's own hook is told at the end, of all."""
-
-            def add_partial(self, _: str, request: Any, answer: str) -> None:
-                take(request[0].place, answer, batch.pop(0))
-
-        hook, lm.cache_hook = lm.cache_hook, Hook()
-        lm._model_generate = watched
-        try:
-            return self.original(lm, numbered, disable_tqdm)
-        finally:
-            lm.cache_hook = hook
-            del lm._model_generate
+    def _run(self, places: Sequence[int], take: Callable[[int, str, Row], None], call: Call, disable_tqdm: bool) -> list[str]:
+        requests, asked = [self.requests[place] for place in places], [self.asked[place] for place in places]
+        return generate_until(self.lm, self.original, requests, asked, call, self.owner.cache.meter, take, disable_tqdm)
 
     def _text(self, place: int, result: Result) -> str:
-        return result.text if result.text is not None else self._cut(unpack_tokens(result.tokens).tolist(), self.asked[place])
-
-    def _cut(self, tokens: list[int], one: Asked) -> str:
-        """The text of a row as the harness cuts it."""
-        from lm_eval.models.utils import postprocess_generated_text
-
-        lm, mark = self.lm, self.lm.think_end_token
-        if isinstance(mark, int) and mark in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(mark) :]
-        text = lm.tok_decode(tokens)
-        if isinstance(mark, int):
-            text = text.lstrip()
-        return postprocess_generated_text(
-            generation=text, stop=list(one.until), think_end_token=mark if isinstance(mark, str) else None
-        )
+        if result.text is not None:
+            return result.text
+        return cut(self.lm, unpack_tokens(result.tokens).tolist(), self.asked[place].until)
 
     # --- samples -------------------------------------------------------------------------------------------------------
 
@@ -340,7 +298,7 @@ class _Part:
             costs: list[Cost] = []
             tokens: list[int] = []
 
-            def take(_: int, __: str, made: _Row) -> None:
+            def take(_: int, __: str, made: Row) -> None:
                 costs.append(made.cost)
                 tokens.extend(int(token) for token in made.tokens)
 
@@ -364,29 +322,6 @@ class _Part:
             restore_generators([stored[name] for name in sorted(stored)], device)
             _log.info(f"evalcache: generate_until {len(texts)} sampled requests stored, as one call")
         return dict(zip(self.places, texts, strict=True))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Row:
-    """One computed row: its new tokens up to its own end, why it ended, and its share of the batch's cost."""
-
-    tokens: Any
-    reason: str | None
-    cost: Cost
-
-
-def _rows(call: Call, context: torch.Tensor, mask: torch.Tensor | None, output: torch.Tensor, watch: Stopwatch) -> list[_Row]:
-    here = copy.copy(call)
-    here.prefix = context
-    results = row_results(here, output, context.shape[0])
-    tokens = [unpack_tokens(result.tokens) for result in results]
-    prompts = [context.shape[1]] * context.shape[0] if mask is None else [int(row.sum()) for row in mask]
-    costs = share(watch, prompts, [len(row) for row in tokens], device_name(context.device.type))
-    return [
-        # A row that a stop string ended goes on for as long as its neighbours do: neither stopped by its length nor by its end.
-        _Row(row, result.finish_reason if result.finish_reason == "stop" else None, cost)
-        for row, result, cost in zip(tokens, results, costs, strict=True)
-    ]
 
 
 def _bare_generate(model: Any) -> Callable[..., Any]:
