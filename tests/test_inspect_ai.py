@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import dataclasses
 import json
 import os
@@ -20,6 +19,7 @@ import duckdb
 import pytest
 import words
 from harness_tasks import TEXTS, make_model
+from opened import Opened
 
 import evalcache
 from evalcache.code import ORIGINAL
@@ -151,24 +151,6 @@ def as_typed(path: Path, text: str) -> str:
     )
 
 
-class Opened:
-    """Counts how often the weights are opened, by whatever means: inotify sees what Rust and C do, too."""
-
-    def __init__(self, folder: Path) -> None:
-        (file,) = folder.glob("*.safetensors")
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = libc.inotify_init1(os.O_NONBLOCK)
-        in_open = 0x20
-        assert self._descriptor >= 0 and libc.inotify_add_watch(self._descriptor, os.fsencode(file), in_open) >= 0
-
-    def count(self) -> int:
-        """Events since the last call, of 16 bytes each."""
-        try:
-            return len(os.read(self._descriptor, 1 << 16)) // 16
-        except BlockingIOError:
-            return 0
-
-
 def tasks() -> list[Task]:
     return [task(kind) for kind in KINDS]
 
@@ -183,9 +165,9 @@ def test_cold_and_warm_answer_as_the_bare_provider(model: Path, tmp_path: Path) 
     assert [one.answers for one in cold] == [one.answers for one in expected]
     assert [one.used for one in cold] == [one.used for one in expected]
     assert (cold[0].hits, cold[0].misses, cold[0].uncacheable) == (0, 2 * COUNT, {})
-    opened = Opened(model)
-    warm = run(model, tasks(), tmp_path)
-    assert opened.count() == 0
+    with Opened(*model.glob("*.safetensors")) as opened:
+        warm = run(model, tasks(), tmp_path)
+        assert opened.count() == 0
     assert [one.log.status for one in warm] == ["success"] * 2
     assert [one.answers for one in warm] == [one.answers for one in expected]
     assert (warm[0].hits, warm[0].misses, warm[0].loads, warm[0].uncacheable) == (2 * COUNT, 0, 0, {})
@@ -337,9 +319,9 @@ def test_the_provider_by_name_serves_its_own_model_only(model: Path, tmp_path: P
 
     (expected,) = bare(model, task(), tmp_path)
     for number in range(2):
-        opened = Opened(model)
-        (ran,) = bare(model, task(), tmp_path, name="evalcache/hf/local")
-        assert (opened.count() == 0) == bool(number)
+        with Opened(*model.glob("*.safetensors")) as opened:
+            (ran,) = bare(model, task(), tmp_path, name="evalcache/hf/local")
+            assert (opened.count() == 0) == bool(number)
         assert ran.answers == expected.answers and ran.log.eval.model == "evalcache/hf/local"
         assert set(ran.marks) == {"read" if number else None}
         if number:

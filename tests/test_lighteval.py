@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -11,8 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,9 @@ import duckdb
 import pytest
 import torch
 import words
+from counted import Told, cached
 from harness_tasks import TEXTS, make_model, make_tasks
+from opened import Opened, needs_inotify
 
 import evalcache
 from evalcache.integrations.clients import LIGHTEVAL, version_of_client
@@ -98,31 +98,6 @@ def assert_same(left: list[Any], right: list[Any], but: str = "") -> None:
         assert mine.pop("logprobs") == pytest.approx(theirs.pop("logprobs"), rel=1e-5, abs=1e-5)
         mine.pop(but, None), theirs.pop(but, None)
         assert mine == theirs
-
-
-@dataclass
-class Told:
-    hits: int
-    misses: int
-    loads: int
-    uncacheable: dict[str, int]
-    duplicates: int
-
-
-@contextlib.contextmanager
-def cached(folder: Path, **settings: Any) -> Iterator[Callable[[], Told]]:
-    with evalcache.enable(folder, **settings) as session:
-        assert session.cache is not None
-        counts = session.cache.counts
-
-        def told() -> Told:
-            session.cache.flush()
-            return Told(counts.hits, counts.misses, counts.model_loads, dict(counts.uncacheable), counts.duplicates)
-
-        yield told
-    from evalcache import session as sessions
-
-    sessions._current = None
 
 
 def run(store: Path, folder: Path, method: str, docs: list[Any], **settings: Any) -> tuple[list[Any], Told]:
@@ -341,36 +316,19 @@ def test_equal_documents_are_computed_once(model: Path, store_folder: Path) -> N
 # --- what must not be served ----------------------------------------------------------------------------------------------
 
 
-class Opened:
-    """Counts how often a file is opened, by whatever means: inotify sees what Rust and C do, too."""
-
-    def __init__(self, file: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = libc.inotify_init1(os.O_NONBLOCK)
-        in_open = 0x20
-        assert self._descriptor >= 0 and libc.inotify_add_watch(self._descriptor, os.fsencode(file), in_open) >= 0
-
-    def count(self) -> int:
-        """Events since the last call, of 16 bytes each."""
-        try:
-            return len(os.read(self._descriptor, 1 << 16)) // 16
-        except BlockingIOError:
-            return 0
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs inotify")
+@needs_inotify
 def test_the_weights_are_not_read_where_nothing_misses(model: Path, store_folder: Path) -> None:
     time.sleep(2.1)  # what is known of a file that is younger is not trusted, and read again
     calls = {"loglikelihood": choices(), "greedy_until": prompts()}
     cold = {method: run(store_folder, model, method, docs)[0] for method, docs in calls.items()}
     (file,) = model.glob("*.safetensors")
-    opened = Opened(file)
-    for method, docs in calls.items():
-        answers, told = run(store_folder, model, method, docs)
-        assert opened.count() == told.misses == told.loads == 0
-        assert_same(answers, cold[method])
-    load(model)
-    assert opened.count() > 0  # the bare client does
+    with Opened(file) as opened:
+        for method, docs in calls.items():
+            answers, told = run(store_folder, model, method, docs)
+            assert opened.count() == told.misses == told.loads == 0
+            assert_same(answers, cold[method])
+        load(model)
+        assert opened.count() > 0  # the bare client does
 
 
 def test_another_model_under_the_same_name_is_another_model(model: Path, store_folder: Path, tmp_path: Path) -> None:

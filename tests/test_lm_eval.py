@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -11,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,9 @@ import duckdb
 import pytest
 import torch
 import words
+from counted import Told, cached
 from harness_tasks import ALL, DOCUMENTS, REQUESTS, make_model, make_tasks
+from opened import Opened, needs_inotify
 
 import evalcache
 from evalcache.code import ORIGINAL
@@ -29,35 +28,15 @@ from evalcache.store import Store
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
 
+from harness_client import Here, assert_same, evaluate, with_tasks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-
-
-@dataclass
-class Here:
-    """The tasks, a saved model, and its bare answers."""
-
-    tasks: Path
-    model: Path
-    manager: TaskManager
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Here:
     folder = tmp_path_factory.mktemp("harness")
-    tasks = make_tasks(folder / "tasks")
-    return Here(tasks, make_model(folder / "model"), TaskManager(include_path=str(tasks), include_defaults=False))
-
-
-def evaluate(
-    here: Here, model: Any = None, *, tasks: tuple[str, ...] = ALL, batch_size: Any = 4, args: str = "", **more: Any
-) -> Any:
-    if not isinstance(model, HFLM):
-        more["model_args"] = f"pretrained={model or here.model},dtype=float32{args}"
-        model = "hf"
-    return lm_eval.simple_evaluate(
-        model=model, tasks=list(tasks), task_manager=here.manager, batch_size=batch_size, device="cpu", bootstrap_iters=0, **more
-    )
+    return with_tasks(make_tasks(folder / "tasks"), make_model(folder / "model"))
 
 
 def answers(results: Any) -> list[Any]:
@@ -69,31 +48,6 @@ def answers(results: Any) -> list[Any]:
     return found
 
 
-def assert_same(left: Any, right: Any) -> None:
-    """Strings exactly, numbers to 1e-5."""
-    if isinstance(left, (list, tuple)):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for name in left:
-            assert_same(left[name], right[name])
-    elif isinstance(left, float):
-        assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
-    else:
-        assert left == right
-
-
-@dataclass
-class Told:
-    hits: int
-    misses: int
-    loads: int
-    uncacheable: dict[str, int]
-    duplicates: int
-
-
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Iterator[None]:
     yield
@@ -101,25 +55,9 @@ def nothing_stays_behind() -> Iterator[None]:
     assert not hasattr(HFLM.generate_until, ORIGINAL) and not hasattr(getattr(evaluator, "evaluate", None), ORIGINAL)
 
 
-@contextlib.contextmanager
-def cached(folder: Path, **settings: Any) -> Iterator[Callable[[], Told]]:
-    with evalcache.enable(folder, **settings) as session:
-        assert session.cache is not None
-        counts = session.cache.counts
-
-        def told() -> Told:
-            return Told(counts.hits, counts.misses, counts.model_loads, dict(counts.uncacheable), counts.duplicates)
-
-        yield told
-    from evalcache import session as sessions
-
-    sessions._current = None
-
-
 def run(here: Here, folder: Path, model: Any = None, **more: Any) -> tuple[Any, Told]:
     with cached(folder) as told:
         results = evaluate(here, model, **more)
-        evalcache.session.current().cache.flush()
         return results, told()
 
 
@@ -146,34 +84,17 @@ def test_cold_and_warm_answer_as_the_bare_harness(here: Here, store_folder: Path
         assert_same(answers(warm), [one for one in answers(cold) if batch_size == 4 or one[0] != "tiny_sampled"])
 
 
-class Opened:
-    """Counts how often a file is opened, by whatever means: inotify sees what Rust and C do, too."""
-
-    def __init__(self, file: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = libc.inotify_init1(os.O_NONBLOCK)
-        in_open = 0x20
-        assert self._descriptor >= 0 and libc.inotify_add_watch(self._descriptor, os.fsencode(file), in_open) >= 0
-
-    def count(self) -> int:
-        """Events since the last call, of 16 bytes each."""
-        try:
-            return len(os.read(self._descriptor, 1 << 16)) // 16
-        except BlockingIOError:
-            return 0
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs inotify")
+@needs_inotify
 def test_the_weights_are_not_read_where_nothing_misses(here: Here, store_folder: Path) -> None:
     time.sleep(2.1)  # what is known of a file that is younger is not trusted, and read again
     cold, _ = run(here, store_folder)
     (file,) = here.model.glob("*.safetensors")
-    opened = Opened(file)
-    warm, told = run(here, store_folder)
-    assert opened.count() == told.misses == told.loads == 0
-    assert_same(answers(warm), answers(cold))
-    evaluate(here, tasks=("tiny_mc",))
-    assert opened.count() > 0  # the bare harness does
+    with Opened(file) as opened:
+        warm, told = run(here, store_folder)
+        assert opened.count() == told.misses == told.loads == 0
+        assert_same(answers(warm), answers(cold))
+        evaluate(here, tasks=("tiny_mc",))
+        assert opened.count() > 0  # the bare harness does
 
 
 def test_some_are_stored_and_the_draws_go_on(here: Here, store_folder: Path) -> None:

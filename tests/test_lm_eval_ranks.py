@@ -17,6 +17,8 @@ from evalcache.ledger import Ledger
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
 
+from harness_client import assert_same
+
 BIN = Path(sys.executable).parent
 TASKS = ("tiny_mc", "tiny_gen")
 
@@ -94,19 +96,3 @@ def test_a_rank_that_hits_everything_joins_the_others(tmp_path: Path, store_fold
     assert (told(store_folder)["hits"], told(store_folder)["misses"]) == (20, 20)
     launched([*one, str(tasks), "bare.json"], tmp_path)
     assert_same(*(json.loads((tmp_path / name).read_text()) for name in ("cached.json", "bare.json")))
-
-
-def assert_same(left: Any, right: Any) -> None:
-    """Numbers to 1e-5, all else exactly."""
-    if isinstance(left, list):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for name in left:
-            assert_same(left[name], right[name])
-    elif isinstance(left, float):
-        assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
-    else:
-        assert left == right

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness_tasks import ALL, REQUESTS, make_model, make_tasks
+from harness_tasks import REQUESTS, make_model, make_tasks
 
 import evalcache
 from evalcache import plan as plans
@@ -30,34 +29,14 @@ from evalcache.store import Store
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
 
+from harness_client import Here, evaluate, with_tasks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-
-@dataclass
-class Here:
-    """Tasks and a saved model."""
-
-    tasks: Path
-    model: Path
-    manager: TaskManager
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Here:
     folder = tmp_path_factory.mktemp("harness")
     return with_tasks(make_tasks(folder / "tasks"), make_model(folder / "model"))
-
-
-def with_tasks(tasks: Path, model: Path) -> Here:
-    return Here(tasks, model, TaskManager(include_path=str(tasks), include_defaults=False))
-
-
-def evaluate(here: Here, model: Any = None, *, tasks: tuple[str, ...] = ALL, **more: Any) -> Any:
-    return lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={model or here.model},dtype=float32", tasks=list(tasks),
-        task_manager=here.manager, device="cpu", bootstrap_iters=0, **{"batch_size": 4, **more},
-    )  # fmt: skip
 
 
 def run(here: Here, folder: Path, model: Any = None, **more: Any) -> Any:
