@@ -22,9 +22,9 @@
   const counted = (number, what) => number.toLocaleString("en") + " " + what + (number === 1 ? "" : "s");
 
   function cell(text, numeric) {
-    if (text === null) return make("td", "NULL", "ask-null" + (numeric ? " ask-number" : ""));
+    if (text === null) return make("td", "NULL", "ask-null" + (numeric ? " number" : ""));
     const clear = visible(text);
-    if (numeric || clear.length <= LONG) return make("td", clear, numeric ? "ask-number" : "");
+    if (numeric || clear.length <= LONG) return make("td", clear, numeric ? "number" : "");
     const made = make("td"), folded = make("details");
     folded.append(make("summary", clear.slice(0, LONG / 3) + "… (" + counted(clear.length, "character") + ")"), clear);
     made.append(folded);
@@ -49,7 +49,7 @@
   function show() {
     const table = make("table"), head = make("tr"), top = make("thead");
     answer.columns.forEach((name, column) => {
-      const title = make("th", visible(name), answer.numeric[column] ? "ask-number" : "");
+      const title = make("th", visible(name), answer.numeric[column] ? "number" : "");
       title.scope = "col";
       head.append(title);
     });
@@ -126,6 +126,15 @@
   });
   for (const example of document.querySelectorAll(".ask-examples button")) {
     example.addEventListener("click", () => { fill(example.dataset.sql); ask(); });
+  }
+  // The query that a figure is checked with can be run here.
+  for (const code of document.querySelectorAll(".check code")) {
+    const [, sql] = /^evalcache query "([^]*)"$/.exec(code.textContent) ?? [];
+    if (!sql) continue;
+    const button = make("button", "Run it below", "ask-check");
+    button.type = "button";
+    button.addEventListener("click", () => { fill(sql); ask(); at("ask").scrollIntoView(); });
+    code.closest(".check").append(button);
   }
   try { box.value = sessionStorage.getItem(KEPT) ?? box.value; } catch { /* as above */ }
 
