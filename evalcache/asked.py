@@ -41,6 +41,8 @@ class Asked:
                 )
         self.labels = Labels(*([str(label) for label in labels for _ in range(self._draws)] for labels in (tasks, documents)))
         self._slots = [(place, draw) for place in range(len(requests)) for draw in range(self._draws)]
+        self.device = ""
+        """That computes the answers; empty where nobody knows."""
         self._serving: Serving | None = None
         self._missing = self._computed = list(range(len(self._slots)))
         self._bare: list[Any] | None = [None] * len(self._slots)  # the answers of a run without a cache
@@ -129,7 +131,7 @@ class Asked:
         for place, text, is_json in waiting:
             seconds = (now - self._since) * (len(text) / length if length else 1 / len(waiting))
             # How many tokens that was, nobody said.
-            cost = Cost(seconds, None, None, "", len(waiting))
+            cost = Cost(seconds, None, None, self.device, len(waiting))
             self._serving.put(place, Result(text=text, scalars={"json": True} if is_json else {}, cost=cost))
         if more:
             self._serving.flush(True)

@@ -142,7 +142,7 @@ BY: Mapping[str, _By] = {
     "model": _By("r.model", load="r.model", about=_NAMES),
     "role": _By("nullif(r.role, '')"),
     "client": _By("nullif(r.client, '')"),
-    "device": _By("coalesce(r.device, r.run_device)", energy="r.device"),
+    "device": _By("CASE WHEN r.outcome IS NULL THEN r.run_device ELSE r.device END", energy="r.device"),
     "day": _By("strftime(r.asked_at, '%Y-%m-%d')", load="strftime(s.started_at, '%Y-%m-%d')",
                energy="strftime(s.started_at, '%Y-%m-%d')"),
 }  # fmt: skip
@@ -252,7 +252,7 @@ def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list
     elif by.request == "r.run":  # the latest first, and those that asked nothing, too
         latest = ask("SELECT run FROM chosen ORDER BY started_at DESC NULLS LAST, run").rows
         found = {name: found.get(name, []) for (name,) in latest}
-    once = first(by.request.replace("coalesce(r.device, r.run_device)", "r.device"), tags)
+    once = first(by.request if by is not BY["device"] else "r.device", tags)
     loaded = loads(by.load) if by.load else None
     joules = energy(by.energy) if by.energy else None
     for others in (loaded, joules):  # a group that has asked nothing but loaded something

@@ -136,7 +136,7 @@ def _overview(report: Report) -> Iterator[tuple[str, str]]:
 
 def _sections(report: Report) -> Iterator[Section]:
     columns = [column for name, column in _COLUMNS.items() if name != "money_net" or report.currency]
-    rows = [[_group(row), *_cells(row, report.currency)] for row in report.rows[:_MOST_ROWS]]
+    rows = [[_group(row, report.by), *_cells(row, report.currency)] for row in report.rows[:_MOST_ROWS]]
     more = len(report.rows) - _MOST_ROWS
     note = f"and {more:,} more (--json or --csv has all)" if more > 0 else ""
     yield f"by {report.by} (view {report.view('spent_seconds')})", (report.by, *columns), rows, note
@@ -173,7 +173,8 @@ def _notes(report: Report, meanings: bool = True) -> list[str]:
     for device in report.missing_prices:
         known = device != UNKNOWN_DEVICE
         how = f"--price '{device}=AMOUNT CURRENCY' names one" if known else "nobody told where those seconds were measured"
-        notes.append(f"no price for {device}: its money is not known; {how}")
+        what = f"no price for {device}" if known else device
+        notes.append(f"{what}: its money is not known; {how}")
     if not report.missing_prices and report.currency is None and report.prices:
         notes.append("prices are in several currencies, which have no sum")
     for device in sorted(set(report.missing_watts) - set(report.missing_prices)):
@@ -204,9 +205,9 @@ def _cells(row: Row, currency: str | None) -> list[str]:
     return [_said(name, row.figures, currency) for name in _COLUMNS if name != "money_net" or currency]
 
 
-def _group(row: Row) -> str:
+def _group(row: Row, by: str) -> str:
     if row.group is None:
-        return "(none)"
+        return UNKNOWN_DEVICE if by == "device" else "(none)"
     return f"{row.group[:12]} {_cut(row.name, 40)}" if row.name else row.group
 
 

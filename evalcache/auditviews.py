@@ -113,7 +113,7 @@ WITH asked AS NOT MATERIALIZED (
     SELECT DISTINCT run FROM runs
 ), told AS (
     SELECT a.* EXCLUDE (device), each.* EXCLUDE (run, computed_on),
-        CASE WHEN outcome IN ('hit', 'duplicate') THEN a.device ELSE coalesce(a.device, each.computed_on) END AS device,
+        CASE WHEN outcome = 'uncacheable' THEN coalesce(a.device, each.computed_on) ELSE a.device END AS device,
         CASE WHEN outcome = 'duplicate' OR reason = 'own' THEN 'duplicate' WHEN outcome <> 'hit' THEN 'spent'
             WHEN origin IS NOT NULL AND here.run IS NULL THEN 'imported' ELSE 'credited' END AS line
     FROM asked a JOIN each USING (run) LEFT JOIN here ON here.run = a.origin

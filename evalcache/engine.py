@@ -14,6 +14,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from evalcache.asked import Asked
@@ -22,6 +23,7 @@ from evalcache.compute import describe_compute
 from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.journal import TaskSeen
 from evalcache.manifest import Manifest
+from evalcache.measuring import Busy
 from evalcache.records import Environment, Fields
 from evalcache.session import session_cache
 from evalcache.sources import Source, find_source
@@ -60,7 +62,7 @@ def run(
             promise: change it whenever they would answer otherwise.
         role: candidate, judge, …: where several models answer in one run.
         tasks, documents: names for the ledger, one for each request; one task may stand for all.
-        cache: where to look and store; None means this process's session, as in `session.wrap`.
+        cache: where to look and store; None means this process's session, as in `one_model.wrap`.
 
     Returns:
         One answer for each request, in order; with ``samples``, one list each.
@@ -69,14 +71,15 @@ def run(
         EvalCacheError: a request or an answer is not JSON, the model is a mere name, or ``compute`` cannot be keyed or breaks
             its word. What ``compute`` raises comes out as it is. What was answered before is kept in either case.
 
-    Cost: one check of the model before and after. The seconds that ``compute`` takes are shared by the length of the answers.
+    Cost: one check of the model before and after. The seconds that ``compute`` takes are shared by the length of the answers; the
+    device that they were measured on is known of a live model alone.
     """
     requests = list(requests)
     cache = cache if cache is not None else session_cache()
     asked = Asked(requests, samples, tasks, documents)
-    with _opened(cache, asked, model, compute, settings, engine, version, role):
+    with _opened(cache, asked, model, compute, settings, engine, version, role) as computing:
         for portion in asked.portions():
-            with _out_of_the_way():
+            with computing(), _out_of_the_way():
                 made = compute(portion)
                 if inspect.isawaitable(made) or hasattr(made, "__aiter__"):
                     _run_until_done(made, asked)
@@ -94,11 +97,12 @@ async def run_async(requests: Iterable[Any], *, compute: Callable[[list[Any]], A
     cache = chosen["cache"] if chosen["cache"] is not None else session_cache()
     asked = Asked(requests, chosen["samples"], chosen["tasks"], chosen["documents"])
     names = ("model", "compute", "settings", "engine", "version", "role")
-    with _opened(cache, asked, *(chosen[name] for name in names)):
+    with _opened(cache, asked, *(chosen[name] for name in names)) as computing:
         portions = asked.portions()
         # In a thread: to wait for another process must not stop the loop.
         while (portion := await asyncio.to_thread(next, portions, None)) is not None:
-            await _drain(compute(portion), asked)
+            with computing():
+                await _drain(compute(portion), asked)
     return asked.answers()
 
 
@@ -159,10 +163,11 @@ def _opened(
     engine: str,
     version: str | None,
     role: str,
-) -> Iterator[None]:
-    """The way of a call through the cache; the block computes what is missing. Without a cache it computes everything."""
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """The way of a call through the cache; the block computes what is missing, each part of it within what it is given.
+    Without a cache it computes everything."""
     if cache is None:
-        yield
+        yield contextlib.nullcontext
         return
     source = find_source(cache, model, role, engine)
     keyed = describe_compute(compute, source.model, settings, version)
@@ -176,12 +181,24 @@ def _opened(
             break
         try:
             with _serving(cache, asked, source, looked, keyed, last):
-                yield
+                busy = _busy(source) if asked.missing_count else Busy("")
+                asked.device = busy.device
+                yield functools.partial(cache.meter.computing, busy)
             return
         except _AnotherModelError:  # what woke is not what was promised: ask again, of what is there
             continue
     with cache.bypassed(refused, requests=asked.missing_count, client=CLIENT):
-        yield
+        yield contextlib.nullcontext
+
+
+def _busy(source: Source) -> Busy:
+    """Where ``compute`` computes: where a live model lies. What an engine does with files, or a server, nobody here can ask."""
+    first = None if source.model is None else next(iter(source.model.parameters()), None)
+    if first is None:
+        return Busy("")
+    from evalcache.integrations.timing import busy, devices_of
+
+    return busy(devices_of(source.model, first.device))
 
 
 @contextlib.contextmanager

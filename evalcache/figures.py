@@ -62,7 +62,7 @@ FIGURES: Mapping[str, Figure] = {
     "carbon_spent_grams": Figure("g", _R, "energy_spent_joules times the grid factor that was named"),
     "carbon_reused_grams": Figure("g", _R, "energy_reused_joules times the grid factor that was named"),
 }
-UNKNOWN_DEVICE = "(unknown device)"
+UNKNOWN_DEVICE = "device not known"
 MEASURED_BOUNDARY = "the device's board, by its own meter (NVML), while it computed; no host, no cooling (PUE)"
 
 _COUNTS = ("requests", "hits", "own_hits", "imported_hits", "misses", "uncacheable", "duplicates", "unmeasured_hits")

@@ -23,7 +23,8 @@ class Busy:
     """The devices that one model computes on.
 
     Args:
-        device: name as its maker prints it. places: which of them, by what the process calls them.
+        device: name as its maker prints it; empty where it is not known, and then nothing is measured.
+        places: which of them, by what the process calls them.
         peak_bytes: asks for the most memory that this process has held on them; None where nobody counts it.
         uuids: of GPUs, as NVML knows them; empty where there is none, or where they have no counter.
     """
@@ -62,6 +63,9 @@ class Meter:
     @contextlib.contextmanager
     def computing(self, busy: Busy) -> Iterator[None]:
         """Around what is computed on ``busy``. Cost: a microsecond, and now and then a reading of the energy counter."""
+        if not busy.device:
+            yield
+            return
         with self._lock:
             self._seen.add(busy)
             self._new.add(busy.device)

@@ -350,7 +350,7 @@ class TestCommandLine:
     def test_text_and_markdown_say_which_price_is_missing(self, ask: Any) -> None:
         text, markdown = ask("audit"), ask("audit", "--md")
         for shown in (text, markdown):
-            assert "no price for (unknown device)" in shown and "streamer" in shown and "audit_by_run" in shown
+            assert "device not known: its money" in shown and "streamer" in shown and "audit_by_run" in shown
         assert "| `net_seconds` | s | `audit_by_run` |" in markdown
 
     def test_explain_run_speaks(self, ask: Any) -> None:

@@ -18,11 +18,13 @@ from words import train_tokenizer
 
 import evalcache
 import evalcache.asked as asked
-from evalcache.audit import summarise
+from evalcache.audit import audit, summarise
 from evalcache.cache import Cache
+from evalcache.environment import device_name
 from evalcache.errors import EvalCacheError
 from evalcache.integrations import lazy
 from evalcache.ledger import Ledger
+from evalcache.prices import read_prices
 from evalcache.store import Store
 
 MODEL = evalcache.named("an-engine", version="1")
@@ -413,6 +415,21 @@ def test_a_live_module_is_its_weights_and_is_checked_before_and_after(cache, tmp
     model.train()
     assert ask(cache, asking, model=model, compute=lambda requests: ["training"], version=None) == ["training"]
     assert cache.counts.uncacheable == {"changed": 1, "training": 1}
+
+
+def test_the_device_is_known_of_a_live_model_alone(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    ask(cache, ["of a live model"], model=build("llama"), compute=lambda requests: [str(one) for one in requests], version=None)
+    ask(cache, ["of an engine"])
+    cache.close()
+    ledger = Ledger(tmp_path / "cache" / "ledger.duckdb")
+    here = device_name("cpu")
+    told = ledger.query("SELECT DISTINCT device FROM audit_requests WHERE outcome = 'miss' ORDER BY ALL").rows
+    assert told == [(here,), (None,)]  # the engine's seconds are not taken for the model's device
+    assert ledger.query("SELECT device, device_count FROM run_devices").rows == [(here, 1)]
+    report = audit(ledger, by="device", prices=read_prices([f"{here}=1 EUR"]))
+    assert report.missing_prices == ["device not known"] and report.total.figures["money_spent"] is None
+    assert {row.group for row in report.rows} >= {here, None}
 
 
 def test_the_seam_below_is_out_of_the_way(tmp_path):
