@@ -77,6 +77,11 @@ class Budget:
         """
         if not self.currency:
             return 1.0
+        if not device:
+            raise BudgetError(
+                f"nobody knows on which device this computes, so that a budget in {self.currency} cannot be counted",
+                hint="a budget of time", found=device,
+            )  # fmt: skip
         price = prices.of(device)
         if price is None or price.currency != self.currency:
             found = "none" if price is None else f"one in {price.currency}"
@@ -108,6 +113,7 @@ class BudgetMeter(Meter):
         self._waiting_s = 0.0  # seconds before a price was known
         self._ours_told = 0.0
         self._alone = 0.0
+        self._computed_alone = False
 
     @contextlib.contextmanager
     def computing(self, busy: Busy) -> Iterator[None]:
@@ -119,10 +125,10 @@ class BudgetMeter(Meter):
             with super().computing(busy):
                 yield
         finally:
-            self.spend(time.perf_counter() - began)
+            self.spend(time.perf_counter() - began, computed=True)
 
-    def spend(self, seconds: float) -> None:
-        """Count seconds of this process."""
+    def spend(self, seconds: float, *, computed: bool = False) -> None:
+        """Count seconds of this process. ``computed``: they were a batch's."""
         with self._adding:
             ours = self._ours()
             self._waiting_s += seconds + ours - self._ours_told
@@ -131,36 +137,51 @@ class BudgetMeter(Meter):
                 return
             amount, self._waiting_s = self._waiting_s * self._rate, 0.0
             self._alone += amount
+            self._computed_alone |= computed
             if self._path is not None:
                 try:
                     # One short line at the end of the file: writes of several processes do not mix.
                     with open(self._path, "ab", buffering=0) as file:
-                        file.write(f"{amount!r}\n".encode())
+                        file.write(f"{amount!r}{' computed' if computed else ''}\n".encode())
                 except OSError as error:
                     warnings.warn(f"{self._path}: {error}; this process counts for itself", EvalCacheWarning, stacklevel=2)
                     self._path = None
 
     def spent(self) -> float:
         """What all processes have spent so far, in the budget's unit."""
+        return self._spent()[0]
+
+    def _spent(self) -> tuple[float, bool]:
+        """That, and whether one of them has computed anything."""
         if self._path is None:
-            return self._alone
+            return self._alone, self._computed_alone
         try:
             with open(self._path, "rb") as file:
-                return sum(float(line) for line in file if line.endswith(b"\n"))
+                told = [line.split() for line in file if line.endswith(b"\n")]
+            return sum(float(amount) for amount, *_ in told), any(more for _, *more in told)
         except (OSError, ValueError):
-            return self._alone
+            return self._alone, self._computed_alone
 
     def check(self) -> None:
         """End the process if the budget is spent."""
         self.spend(0.0)
-        spent = self.spent()
-        if spent >= self._budget.amount:
-            self.ended_with = BUDGET_EXIT_CODE
-            said = f"{spent:,.2f} {self._budget.currency}" if self._budget.currency else f"{spent:,.1f} s"
+        spent, computed = self._spent()
+        if spent < self._budget.amount:
+            return
+        said = f"{spent:,.2f} {self._budget.currency}" if self._budget.currency else f"{spent:,.1f} s"
+        if not computed:
+            self.ended_with = BudgetError.exit_code
             self._stop(
-                f"the budget of {self._budget} is spent ({said}); what was computed is stored, and the same command goes on from "
-                "there"
+                f"the budget of {self._budget} was spent before anything was computed ({said}, for loading and evalcache's own "
+                "work): the same command would get no further; give it more",
+                BudgetError.exit_code,
             )
+            return
+        self.ended_with = BUDGET_EXIT_CODE
+        self._stop(
+            f"the budget of {self._budget} is spent ({said}); what was computed is stored, and the same command goes on from "
+            "there"
+        )
 
     def _price(self, busy: Busy) -> None:
         if not self._budget.currency:
@@ -183,7 +204,7 @@ class BudgetCache(Cache):
         """Count requests that ran uncached; they have taken seconds, too."""
         super().uncacheable(reason, detail, seconds=seconds, **more)
         if seconds is not None:
-            self.meter.spend(seconds)
+            self.meter.spend(seconds, computed=True)
             self.meter.check()
 
     def _ours(self) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 from evalcache.budget import Budget, budget_environment
 from evalcache.differences import Difference, compare_fields, find_nearest_model, read_fields, read_manifest, say_differences
 from evalcache.digest import digest_bytes
-from evalcache.errors import LedgerError, PlanError
+from evalcache.errors import BudgetError, LedgerError, PlanError
 from evalcache.estimates import Estimates, Seconds, add_seconds
 from evalcache.launch import cannot_run, find_unreachable, is_off, launch_environment
 from evalcache.ledger import Ask, Ledger
@@ -203,7 +203,8 @@ def run_with_budget(
     """Plan a command, say so on stderr, and give what is run next a budget: `launch.run_command` goes on.
 
     Raises:
-        BudgetError: the budget is none, or one of money for a device without a price. As `make_plan`; no plan is no fault.
+        BudgetError: the budget is none, one of money for a device without a price, or one that loading the model takes up.
+            As `make_plan`; no plan is no fault.
     """
     given, prices = Budget.parse(budget), read_prices(typed, files)
     try:
@@ -213,9 +214,22 @@ def run_with_budget(
     else:
         with contextlib.redirect_stdout(sys.stderr):
             tell(plan, prices)
-        for device in plan.devices:
-            given.per_second(prices, device, 1)
+        for part in plan.parts:
+            _refuse_hopeless(given, part, prices)
     os.environ.update(budget_environment(budget, typed, files))
+
+
+def _refuse_hopeless(given: Budget, part: Part, prices: Prices) -> None:
+    """A run whose budget is spent when its model has been loaded computes nothing, however often it is run again."""
+    if not part.device:
+        return
+    rate = given.per_second(prices, part.device, 1)
+    if part.loading is not None and part.loading.low_seconds * rate >= given.amount:
+        raise BudgetError(
+            f"the budget of {given} is less than it takes to load the model: {format_seconds(part.loading.low_seconds)} at least "
+            f"({part.loading.like}, {part.loading.like_count:,} measured)",
+            hint="nothing would be computed, however often it is run: give it more", found=str(given),
+        )  # fmt: skip
 
 
 def tell(plan: Plan, prices: Prices) -> None:

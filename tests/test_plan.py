@@ -19,7 +19,7 @@ from harness_tasks import REQUESTS, make_model, make_tasks
 import evalcache
 from evalcache import plan as plans
 from evalcache import session as sessions
-from evalcache.budget import Budget, BudgetMeter, budget_environment
+from evalcache.budget import Budget, BudgetCache, BudgetMeter, budget_environment
 from evalcache.errors import BUDGET_EXIT_CODE, BudgetError
 from evalcache.ledger import Ledger
 from evalcache.measuring import Busy
@@ -167,6 +167,13 @@ def test_a_model_of_the_same_size_is_estimated_by_the_costs_of_the_other(
     money = plans.Plan((), (part,)).money(read_prices([f"{part.device}=3600 EUR"]))
     assert money is not None and money[:2] == ("EUR", pytest.approx(part.seconds.seconds))
     assert plans.Plan((), (part,)).to_json(read_prices())["money"] is None
+    # A budget that loading takes up would never get anywhere, and is refused before it begins.
+    prices, load_s = read_prices([f"{part.device}=3600 EUR"]), part.loading.low_seconds
+    for budget in (Budget(load_s), Budget(load_s / 2), Budget(load_s, "EUR")):
+        with pytest.raises(BudgetError, match="less than it takes to load the model") as refused:
+            plans._refuse_hopeless(budget, part, prices)
+        assert refused.value.exit_code == 2
+    plans._refuse_hopeless(Budget(load_s * 1.01), part, prices)
     # A larger one is not like it.
     larger = make_model(tmp_path / "larger", hidden_size=96)
     part = planned(here, larger).part(store_folder)
@@ -275,10 +282,10 @@ def test_a_plain_script_cannot_be_planned_and_has_a_budget_all_the_same(here: He
     assert "a script asks its model one call after another" in done.stderr
     done = cli(store_folder, "plan", "--", sys.executable, "-c", "print('nothing')")
     assert done.returncode == 2 and "asked nothing that evalcache serves" in done.stderr
-    # Loading takes longer than that.
+    # Loading takes longer than that: to run it again and again would be of no use.
     done = cli(store_folder, "run", "--budget", "0.0001s", "--", sys.executable, script, here.model)
-    assert (done.returncode, done.stdout) == (BUDGET_EXIT_CODE, "asks\n"), done.stderr
-    assert "no plan:" in done.stderr and "the budget of 0.0001 s is spent" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "asks\n"), done.stderr
+    assert "no plan:" in done.stderr and "0.0001 s was spent before anything was computed" in done.stderr
 
 
 def harness_command(here: Here) -> list[Any]:
@@ -342,12 +349,41 @@ def test_processes_of_a_run_share_its_budget(tmp_path: Path) -> None:
     one, other = (BudgetMeter(Budget(10), read_prices(), str(path), lambda: 0.0, end) for _ in range(2))
     one.spend(6.0)
     other.check()
-    other.spend(3.5)
+    other.spend(3.5, computed=True)
     one.check()
     one.spend(0.5)
     with pytest.raises(Ended):
         other.check()
     assert other.ended_with == BUDGET_EXIT_CODE and one.ended_with is None
+    with pytest.raises(Ended):
+        one.check()
+    assert one.ended_with == BUDGET_EXIT_CODE  # the other one has computed something
+
+
+def test_a_run_that_spends_its_budget_on_loading_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    meter = BudgetMeter(Budget(10), read_prices(), None, lambda: 12.0, end)
+    with pytest.raises(Ended), meter.computing(Busy("GPU")):
+        raise AssertionError("a batch was begun")
+    assert meter.ended_with == 2
+    with pytest.raises(Ended), BudgetMeter(Budget(1, "EUR"), read_prices(), None, lambda: 0.0, end).computing(Busy("")):
+        raise AssertionError("computed where nobody knows what it costs")
+
+
+def test_a_loop_of_ones_own_has_a_budget(tmp_path: Path) -> None:
+    cache = BudgetCache(tmp_path, budget=Budget(0.05), prices=read_prices(), path=None)
+    model = evalcache.named("somewhere", version="1")
+
+    def compute(requests: list[str]) -> list[str]:
+        time.sleep(0.06)
+        return requests
+
+    assert evalcache.run(["a"], model=model, compute=compute, cache=cache) == ["a"]
+    assert evalcache.run(["a"], model=model, compute=compute, cache=cache) == ["a"]  # a hit computes nothing
+    with pytest.raises(SystemExit) as ended:
+        evalcache.run(["b"], model=model, compute=compute, cache=cache)
+    assert ended.value.code == BUDGET_EXIT_CODE
+    cache.close()
+    assert Store(tmp_path / "store").stats().entries == 1
 
 
 def test_money_is_seconds_times_devices_times_the_price(tmp_path: Path) -> None:
