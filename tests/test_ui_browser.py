@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import http.client
 import http.server
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,30 @@ class TestBrowser:
             page.click("a")
             page.wait_for_selector("#ask-run")
             assert page.url == f"{served.origin}/"
+
+    def test_it_is_opened_without_its_secret_on_a_command_line(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_page: Callable
+    ) -> None:
+        told = tmp_path / "told.txt"
+        opener = tmp_path / "opener"
+        opener.write_text(f'#!/bin/sh\nprintf %s "$*" > {told}.part; mv {told}.part {told}\n')
+        opener.chmod(0o700)
+        monkeypatch.setenv("BROWSER", str(opener))
+        fill(tmp_path)
+        with serving(tmp_path, "--open") as server:
+            secret = server.address().partition("token=")[2]
+            deadline = time.monotonic() + 30
+            while not told.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            where = told.read_text()
+            assert where.startswith("file:") and secret not in where
+            entrance = Path(where.removeprefix("file://"))
+            assert entrance.parent.stat().st_mode & 0o077 == 0
+            page, _ = open_page(entrance)
+            page.wait_for_selector("#ask-run")
+            assert page.url == f"{server.origin}/"
+            assert server.end()[0] == 0
+            assert not entrance.parent.exists()
 
     def test_pages_of_others_get_nothing(self, served: Served, asked: Any) -> None:
         """In the very browser that has the cookie."""

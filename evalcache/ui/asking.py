@@ -164,7 +164,7 @@ def exact(value: Any) -> str | None:
 
 def _told(error: EvalCacheError) -> str:
     """Without the words that we put around the query, and without settings to change, which are locked."""
-    return error.message.partition("\n\nLINE 1: SELECT * FROM query(")[0].partition("\n\nPossible solutions:")[0]
+    return str(error).partition("\n\nLINE 1: SELECT * FROM query(")[0].partition("\n\nPossible solutions:")[0]
 
 
 def _limit(seconds: float, memory_bytes: int) -> None:
