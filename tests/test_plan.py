@@ -100,10 +100,10 @@ def planned(store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def lookups(folder: Path, outcome: str) -> dict[str, int]:
-    """Of the last run, by task; the sampled call has none."""
+    """Of the last run, by task."""
     ledger = Ledger(folder / "ledger.duckdb")
     last = ledger.query("SELECT run FROM hits_by_run ORDER BY started_at DESC LIMIT 1").rows[0][0]
-    sql = "SELECT coalesce(nullif(task, ''), 'tiny_sampled'), count(*) FROM lookups WHERE run = ? AND outcome = ? GROUP BY 1"
+    sql = "SELECT task, count(*) FROM lookups WHERE run = ? AND outcome = ? GROUP BY 1"
     return dict(ledger.query(sql, [last, outcome]).rows)
 
 
@@ -155,7 +155,7 @@ def test_a_model_of_the_same_size_is_estimated_by_the_costs_of_the_other(
     part = planned(here, other).part(store_folder)
     took = dict(
         Ledger(store_folder / "ledger.duckdb").query(
-            "SELECT coalesce(nullif(task, ''), 'tiny_sampled'), sum(seconds) FROM lookups GROUP BY 1"
+            "SELECT task, sum(seconds) FROM lookups GROUP BY 1"
         ).rows
     )  # fmt: skip
     for line in part.lines:

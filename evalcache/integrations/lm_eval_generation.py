@@ -313,8 +313,9 @@ class _Part:
             )
             yield 0, Result(tokens=pack_tokens(tokens), scalars={"texts": list(texts)}, arrays=arrays, cost=total)
 
+        tasks = ", ".join(dict.fromkeys(self.labels.tasks[place] for place in self.places))
         (result,) = self.owner.cache.serve(
-            watch, [Action(manifest.root, request, environment)], compute, client=self.owner._client
+            watch, [Action(manifest.root, request, environment)], compute, client=self.owner._client, labels=Labels([tasks], [""])
         )
         if not texts:
             texts = [str(text) for text in result.scalars["texts"]]
