@@ -28,7 +28,7 @@ from evalcache.manifest import Manifest
 from evalcache.prices import Price, Prices
 from evalcache.report import page
 from evalcache.report.compare import MOST_LETTERS, compare
-from evalcache.report.gather import gather
+from evalcache.report.gather import MOST_MODELS, gather
 from evalcache.report.tables import command
 from evalcache.store import Store
 
@@ -125,7 +125,10 @@ class TestNumbers:
         arguments = ["audit", "--dir", str(ledger.path.parent), "--by", "task", "--price", "cpu=360 EUR, 10 W", "--grid", "300"]
         total = json.loads(CliRunner().invoke(commands, [*arguments, "--json"]).output)["total"]
         shown, _ = open_page(path)
-        exact = {row[0]: row[2] for row in cells(shown, "All figures")}
+        rows = "rows => rows.map(row => [row.querySelector('a').textContent, row.cells[2].textContent, row.cells[0].textContent])"
+        told = shown.locator("section:has(#overview) tbody tr").evaluate_all(rows)
+        exact = {name: value for name, value, _ in told}
+        assert all("no host, no cooling (PUE)" in whole for name, _, whole in told if name.startswith(("energy", "carbon")))
         assert set(exact) == set(FIGURES) == set(total)
         for name, value in total.items():
             if value is None:
@@ -232,6 +235,33 @@ class TestChanges:
         assert found[(*steps[0], "model.layers.0")] == (1, 8)
         assert found[(*steps[1], "model.layers.0")] == (1, 8)  # removed
         assert found[(*steps[1], "model.layers.2")] == (1, 8)  # added
+
+    def test_models_of_one_name_are_told_apart(self, tmp_path: Path) -> None:
+        store, ledger = open_pair(tmp_path)
+        for run, model in ((FIRST, BASE), (SECOND, TUNED)):
+            ask_tasks(store, run, NOON + int(run[0]), model, "one name", "miss")
+        ledger.sync(store)
+        found = gather(ledger)
+        names = tuple(f"one name ({model.root.hex[:8]})" for model in (BASE, TUNED))
+        assert found.families[0].steps[0][2:] == names
+        assert (found.pairs[0].name_a, found.pairs[0].name_b) == names
+
+    def test_pairs_are_made_of_the_latest_models(self, tmp_path: Path) -> None:
+        store, ledger = open_pair(tmp_path)
+        for n in range(MOST_MODELS + 2):
+            model = make_model({"a": bytes([n])})
+            write(
+                store,
+                str(n) * 32,
+                NOON + n,
+                [(make_action(model), make_result((n,)))],
+                begin(str(n) * 32, NOON + n, model, f"m{n}"),
+                model,
+            )
+            ledger.sync(store)
+        found = gather(ledger)
+        assert [(pair.name_a, pair.name_b) for pair in found.pairs] == [("m6", "m7"), ("m5", "m7"), ("m4", "m7")]
+        assert len(found.pairs) + found.pairs_left_out == MOST_MODELS * (MOST_MODELS - 1) // 2
 
     def test_models_with_other_sizes_are_no_family(self, tmp_path: Path) -> None:
         store, ledger = open_pair(tmp_path)

@@ -228,8 +228,8 @@ def changes(cells: Sequence[Mapping[str, Any]], steps: Sequence[str], blocks: Se
             "axis": {"title": None, "labelLimit": 130, "labelFontSize": 10},
         }
     else:
-        side = max(9, min(24, (WIDE - 240) // max(1, len(blocks))))
-        axis = {"title": None, "labelAngle": -60 if len(blocks) > 4 else 0, "labelOverlap": True, "labelLimit": 150}
+        side = max(9, min(32, (WIDE - 240) // max(1, len(blocks))))
+        axis = {"title": None, "labelAngle": -60, "labelOverlap": side < 14, "labelLimit": 150}
         x = {"field": "block", "type": "nominal", "sort": list(blocks), "axis": axis}
         y = {"field": "step", "type": "nominal", "sort": list(steps), "axis": {"title": None, "labelLimit": 220}}
     grid = {"grid": True, "ticks": False, "bandPosition": 0.5}
@@ -293,7 +293,7 @@ def _middles(buckets: Sequence[Mapping[str, Any]], days: int, most: int) -> list
 
 
 def _domain(buckets: Sequence[Mapping[str, Any]], days: int) -> list[str]:
-    """A few days do not fill the width: it has room for at least five spans, and ends with the last."""
+    """A few days do not fill the width: it has room for at least three spans, and ends with the last."""
     end = datetime.date.fromisoformat(buckets[-1]["end"])
-    begin = min(datetime.date.fromisoformat(buckets[0]["start"]), end - datetime.timedelta(days=5 * days))
+    begin = min(datetime.date.fromisoformat(buckets[0]["start"]), end - datetime.timedelta(days=3 * days))
     return [begin.isoformat(), end.isoformat()]

@@ -5,10 +5,11 @@ The figures are those of `audit.audit`. What is drawn or listed is capped here; 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from evalcache.prices import Prices
 MOST_FAMILIES = 4
 MOST_STEPS = 24  # checkpoints of a family, the latest
 MOST_BLOCKS = 120
+MOST_MODELS = 6  # the latest, of which pairs are made: all pairs of many checkpoints would be millions of rows
 MOST_PAIRS = 3  # of models whose answers are shown side by side
 MOST_ANSWERS = 8  # of each pair
 
@@ -76,7 +78,7 @@ def gather(ledger: Ledger, *, since: str | None = None, prices: Prices | None = 
     """Ask for everything. Args and errors: as `audit.audit`. Cost: a few seconds for a million requests."""
     with ledger.reading() as ask:
         # The audit's groupings ask these several times; a temporary table goes before the view of its name.
-        for view in ("audit_requests", "misses_explained"):
+        for view in ("audit_requests", "audit_loads", "misses_explained"):
             ask(f"CREATE TEMP TABLE {view} AS SELECT * FROM ledger.{view}")
         opened = _Opened(ledger, ask)
         by_task, by_model, by_day = (
@@ -91,8 +93,9 @@ def gather(ledger: Ledger, *, since: str | None = None, prices: Prices | None = 
             "SELECT model FROM model_names SEMI JOIN chosen USING (run)"
         )
         first, last = ask("SELECT min(started_at), max(started_at) FROM chosen").rows[0]
-        families, families_left_out = _families(ask)
-        pairs, pairs_left_out = _pairs(ask)
+        names = _names(ask)
+        families, families_left_out = _families(ask, names)
+        pairs, pairs_left_out = _pairs(ask, names)
         return Gathered(
             by_task=by_task,
             by_model=by_model,
@@ -125,7 +128,7 @@ class _Opened(Ledger):
 # --- what changed between checkpoints ------------------------------------------------------------------------------------
 
 
-def _families(ask: Ask) -> tuple[list[Family], int]:
+def _families(ask: Ask, names: Mapping[str, str]) -> tuple[list[Family], int]:
     table = ask("SELECT * FROM model_blocks_changed WHERE model_b IN (SELECT model FROM met) ORDER BY place")
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     found: dict[tuple[str, str], dict[tuple[str, str], list[dict[str, Any]]]] = {}
@@ -135,17 +138,18 @@ def _families(ask: Ask) -> tuple[list[Family], int]:
         of_model[row["model_b"]] = family
         found.setdefault(family, {}).setdefault((row["model_a"], row["model_b"]), []).append(row)
     latest = sorted(found, key=lambda family: -max(row["place"] for step in found[family].values() for row in step))
-    return [_family(name, found[(name, first)]) for name, first in latest[:MOST_FAMILIES]], max(0, len(latest) - MOST_FAMILIES)
+    shown = [_family(name, found[(name, first)], names) for name, first in latest[:MOST_FAMILIES]]
+    return shown, max(0, len(latest) - MOST_FAMILIES)
 
 
-def _family(class_name: str, steps: dict[tuple[str, str], list[dict[str, Any]]]) -> Family:
+def _family(class_name: str, steps: dict[tuple[str, str], list[dict[str, Any]]], names: Mapping[str, str]) -> Family:
     shown = list(steps)[-MOST_STEPS:]
     cells = {(place, row["block"]): row for place, step in enumerate(shown) for row in steps[step]}
     telling = {block for (_, block), row in cells.items() if row["bytes"] or row["modules_changed"]}
     blocks = sorted(telling, key=_by_number)
-    names = [(*step, name_of(steps[step][0]["names_a"], step[0]), name_of(steps[step][0]["names_b"], step[1])) for step in shown]
     left_out = len(steps) - len(shown), max(0, len(blocks) - MOST_BLOCKS)
-    return Family(class_name, names, blocks[:MOST_BLOCKS], cells, left_out)
+    named = [(*step, names[step[0]], names[step[1]]) for step in shown]
+    return Family(class_name, named, blocks[:MOST_BLOCKS], cells, left_out)
 
 
 def _by_number(block: str) -> tuple[int, list[tuple[int, int | str]]]:
@@ -154,21 +158,37 @@ def _by_number(block: str) -> tuple[int, list[tuple[int, int | str]]]:
     return kind, [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"[.]", block)]
 
 
-def name_of(names: Sequence[str] | None, digest: str) -> str:
-    """A model as a person calls it: its names, or the beginning of its digest."""
-    return ", ".join(filter(None, names or [])) or digest[:12]
+def _names(ask: Ask) -> dict[str, str]:
+    """Models as a person calls them, with the beginning of the digest where that name is not one model's alone."""
+    known = {
+        digest: ", ".join(filter(None, names or [])) for digest, names in ask("SELECT digest, names FROM models_in_order").rows
+    }
+    often = collections.Counter(known.values())
+    return {
+        digest: digest[:12] if not name else name if often[name] == 1 else f"{name} ({digest[:8]})"
+        for digest, name in known.items()
+    }
 
 
 # --- answers side by side ------------------------------------------------------------------------------------------------
 
 
-def _pairs(ask: Ask) -> tuple[list[Pair], int]:
+def _pairs(ask: Ask, names: Mapping[str, str]) -> tuple[list[Pair], int]:
+    latest = [
+        digest
+        for (digest,) in ask(
+            "SELECT digest FROM models_in_order WHERE digest IN (SELECT model FROM requests) ORDER BY place DESC LIMIT ?",
+            [MOST_MODELS],
+        ).rows
+    ]
     ask(
         "CREATE TEMP TABLE compared AS SELECT model_a, model_b, key_a, key_b, same, text_a IS NOT NULL AND text_b IS NOT NULL "
-        "AS texts FROM outputs_side_by_side WHERE model_b IN (SELECT model FROM met)"
+        "AS texts FROM outputs_side_by_side WHERE model_b IN (SELECT model FROM met) "
+        "AND model_a IN (SELECT unnest($1::UUID[])) AND model_b IN (SELECT unnest($1::UUID[]))",
+        [latest],
     )
     counted = ask(
-        "SELECT c.model_a, c.model_b, count(*), count(*) FILTER (same), any_value(a.names), any_value(b.names) FROM compared c "
+        "SELECT c.model_a, c.model_b, count(*), count(*) FILTER (same) FROM compared c "
         "JOIN models_in_order a ON a.digest = model_a JOIN models_in_order b ON b.digest = model_b GROUP BY model_a, model_b "
         "ORDER BY bool_or(texts) DESC, any_value(b.place) DESC, any_value(a.place) DESC"
     ).rows
@@ -184,10 +204,10 @@ def _pairs(ask: Ask) -> tuple[list[Pair], int]:
     asked = _asked(ask, [row[side] for row in answers for side in ("key_a", "key_b")])
     nothing = {"client": "", "task": "", "document": "", "content": None}
     pairs = []
-    for model_a, model_b, shared, same, names_a, names_b in shown:
+    for model_a, model_b, shared, same in shown:
         rows = [row for row in answers if (row["model_a"], row["model_b"]) == (model_a, model_b)]
         rows = [row | (asked.get(row["key_b"]) or asked.get(row["key_a"]) or nothing) for row in rows]
-        pairs.append(Pair(name_of(names_a, model_a), name_of(names_b, model_b), model_a, model_b, shared, same, rows))
+        pairs.append(Pair(names[model_a], names[model_b], model_a, model_b, shared, same, rows))
     return pairs, max(0, len(counted) - MOST_PAIRS)
 
 
