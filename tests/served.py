@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 import evalcache.integrations.transformers as floor
 from evalcache.cache import Cache
+from evalcache.counts import Counts
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,30 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
     finally:
         floor.uninstall()
         cache.close()
+
+
+def in_a_run(folder: Path, script: Callable[..., Any], *args: Any, **settings: Any) -> tuple[Any, Counts]:
+    """Calls ``script`` in a run of its own; returns what it returned, and what the run counted."""
+    with served(folder, **settings) as here:
+        return script(*args), here.cache.counts
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call returns, or raises; its draws are the same each time."""
+    torch.manual_seed(5)
+    try:
+        return call()
+    except Exception as error:  # whatever it is, it has to be the same
+        return error
+
+
+def assert_same_outcome(bare: Any, other: Any) -> None:
+    """Asserts that two calls returned the same, or raised the same."""
+    assert type(bare) is type(other), (bare, other)
+    if isinstance(bare, Exception):
+        assert str(bare) == str(other)
+    else:
+        assert_same(bare, other)
 
 
 def assert_same(bare: Any, other: Any) -> None:

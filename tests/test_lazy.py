@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
 import tiny
 import torch
+from served import in_a_run
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 import evalcache.integrations.transformers as floor
-from evalcache.cache import Cache
 from evalcache.integrations import lazy
 from evalcache.integrations.seam import Seam
 
@@ -24,18 +25,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a function as a session of its own on one cache folder; returns (what it returned, the counts)."""
-
-    def one(script, *args, **options):
-        cache = Cache(tmp_path / "cache", **options)
-        floor.install(cache)
-        try:
-            return script(*args), cache.counts
-        finally:
-            floor.uninstall()
-            cache.close()
-
-    return one
+    """Runs on one cache folder: see `in_a_run`."""
+    return functools.partial(in_a_run, tmp_path / "cache")
 
 
 def ids(seed=0):

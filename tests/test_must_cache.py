@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import lora, prompt_tuned
 from served import assert_same, served
 from tiny import EOS, PAD, build, prompts
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, pipeline
@@ -90,33 +91,6 @@ def tokenized(**settings: Any) -> Call:
     return lambda: WORDS.batch_decode(model.generate(**batch, max_new_tokens=6, do_sample=False, **settings))
 
 
-def lora() -> Any:
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(build("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
-    return model.eval()
-
-
-def prompt_tuned() -> Any:
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    return model.eval()
-
-
-def lora_seq2seq() -> Any:
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(build("t5"), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, init_lora_weights=False))
-    return model.eval()
-
-
 def right_padded() -> dict[str, torch.Tensor]:
     batch = prompts()
     return {key: value.flip(1) for key, value in batch.items()}
@@ -178,7 +152,7 @@ TABLE: dict[str, Callable[[], Call]] = {
     ),
     "a forced language": lambda: of(build("m2m_100"), **right_padded(), forced_bos_token_id=9, max_new_tokens=6),
     "LoRA": lambda: generate(lora()),
-    "LoRA, encoder and decoder": lambda: of(lora_seq2seq(), **right_padded(), max_new_tokens=6),
+    "LoRA, encoder and decoder": lambda: of(lora("t5", "SEQ_2_SEQ_LM"), **right_padded(), max_new_tokens=6),
     "prompt tuning": lambda: generate(prompt_tuned()),
     "bfloat16": lambda: generate(build("llama").to(torch.bfloat16)),
     "a mixture of experts": lambda: generate(build("mixtral")),

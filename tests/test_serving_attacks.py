@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from served import assert_same, served
+from served import assert_same, assert_same_outcome, outcome, served
 from tiny import EOS, PAD, build, prompts
 from transformers import (
     GenerationConfig,
@@ -93,22 +93,6 @@ def of_class(cls: type) -> Callable[[], Any]:
         return model
 
     return make
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    torch.manual_seed(5)
-    try:
-        return call()
-    except Exception as error:  # whatever it is, it has to be the same
-        return error
-
-
-def assert_same_outcome(bare: Any, found: Any) -> None:
-    assert type(bare) is type(found), (bare, found)
-    if isinstance(bare, Exception):
-        assert str(bare) == str(found)
-    else:
-        assert_same(bare, found)
 
 
 # --- wrong hits: calls one after the other, of which none may answer another --------------------------------------------------

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import functools
 import json
 import os
 import shutil
-import struct
 
 import peft
 import pytest
 import tiny
 import torch
+from opened import Opened
 from safetensors.torch import load_file, save_file
+from served import in_a_run
 from transformers import AutoModelForCausalLM
 
-import evalcache.integrations.transformers as floor
-from evalcache.cache import Cache
 from evalcache.integrations import lazy
 from evalcache.integrations.draws import count_draws, skip_draws
 
@@ -57,18 +55,8 @@ def adapter(base, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a function as a session of its own on one cache folder; returns (what it returned, the counts)."""
-
-    def one(script, *args, **options):
-        cache = Cache(tmp_path / "cache", **options)
-        floor.install(cache)
-        try:
-            return script(*args), cache.counts
-        finally:
-            floor.uninstall()
-            cache.close()
-
-    return one
+    """Runs on one cache folder: see `in_a_run`."""
+    return functools.partial(in_a_run, tmp_path / "cache")
 
 
 def ids(seed=0):
@@ -88,31 +76,6 @@ def ask(base, adapter, seed=0, **more):
     return generate(load(base, adapter, **more), seed)
 
 
-@contextlib.contextmanager
-def opened(*files):
-    """Yields a function that says which of these files were opened meanwhile, by whatever means: the kernel tells."""
-    kernel = ctypes.CDLL(None, use_errno=True)
-    watcher = kernel.inotify_init1(os.O_NONBLOCK)
-    assert watcher >= 0
-    watched = {kernel.inotify_add_watch(watcher, os.fsencode(file), 0x20): file for file in files}
-    assert -1 not in watched and len(watched) == len(files)
-
-    def told():
-        found, data = [], b""
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(watcher, 1 << 16)
-        while data:
-            place, _, _, length = struct.unpack("iIII", data[:16])
-            found.append(watched[place])
-            data = data[16 + length :]
-        return found
-
-    try:
-        yield told
-    finally:
-        os.close(watcher)
-
-
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 def test_second_run_does_not_load(base, run, tmp_path, task):
     adapter = make(base, tmp_path / "adapter", config=peft.LoraConfig(r=4, target_modules=TARGETS, task_type=task))
@@ -127,11 +90,11 @@ def test_second_run_does_not_load(base, run, tmp_path, task):
 
 def test_neither_weights_nor_adapter_are_read(base, adapter, run, monkeypatch):
     monkeypatch.setattr("evalcache.filememo.SETTLED_NS", 0)  # files that were written just now are known again, too
-    with opened(base / "model.safetensors", adapter / "adapter_model.safetensors") as told:
+    with Opened(base / "model.safetensors", adapter / "adapter_model.safetensors") as opened:
         run(ask, base, adapter)
-        assert len(set(told())) == 2
+        assert len(set(opened.files())) == 2
         warm, counts = run(ask, base, adapter)
-        assert told() == []
+        assert opened.files() == []
     assert (counts.model_loads, counts.hits) == (0, 4)
     assert torch.equal(warm, ask(base, adapter))
 
@@ -584,9 +547,9 @@ def test_a_smaller_vocabulary_sleeps(run, tmp_path, architecture, adapted, monke
 
     bare = script()
     for loads in (1, 0):
-        with opened(base / "model.safetensors") as told:
+        with Opened(base / "model.safetensors") as opened:
             served, counts = run(script)
-            assert bool(told()) is bool(loads)
+            assert bool(opened.files()) is bool(loads)
         assert all(map(torch.equal, served, bare))
         assert (counts.model_loads, counts.hits, sum(counts.uncacheable.values())) == (loads, 4 - 4 * loads, 0)
     # Another size is another model, and the whole one is, too.
@@ -675,9 +638,9 @@ def test_a_folder_with_an_adapter_sleeps(base, adapter, run, place, monkeypatch)
     bare, other = script(), script(1)
     assert not torch.equal(bare[0], plain)
     for loads in (1, 0):
-        with opened(base / "model.safetensors", folder / "adapter_model.safetensors") as told:
+        with Opened(base / "model.safetensors", folder / "adapter_model.safetensors") as opened:
             served, counts = run(script)
-            assert bool(told()) is bool(loads)
+            assert bool(opened.files()) is bool(loads)
         assert all(map(torch.equal, served, bare))
         assert (counts.model_loads, counts.hits, sum(counts.uncacheable.values())) == (loads, 4 - 4 * loads, 0)
     woken, counts = run(script, 1)
@@ -775,9 +738,9 @@ def test_quantised_models_sleep(base, run, name, monkeypatch):
 
     bare, other = script(), script(1)
     for loads in (1, 0):
-        with opened(base / "model.safetensors") as told:
+        with Opened(base / "model.safetensors") as opened:
             served, counts = run(script)
-            assert bool(told()) is bool(loads)
+            assert bool(opened.files()) is bool(loads)
         assert torch.equal(served, bare)
         assert (counts.model_loads, counts.hits, sum(counts.uncacheable.values())) == (loads, 4 - 4 * loads, 0)
     woken, counts = run(script, 1)
@@ -848,11 +811,11 @@ def test_lm_eval_with_an_adapter_reads_no_weights(tmp_path, store_folder, monkey
 
     bare = evaluate()
     for loads in (1, 0):
-        with opened(base / "model.safetensors", adapter / "adapter_model.safetensors") as told:
+        with Opened(base / "model.safetensors", adapter / "adapter_model.safetensors") as opened:
             with evalcache.enable(store_folder) as session:
                 counts = session.cache.counts
                 assert evaluate() == bare
-            assert bool(told()) is bool(loads)
+            assert bool(opened.files()) is bool(loads)
         sessions._current = None
         assert (counts.model_loads, bool(counts.misses), bool(counts.hits)) == (loads, bool(loads), not loads)
         assert sum(counts.uncacheable.values()) == 0

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from served import assert_same, served
+from adapted import prompt_tuned
+from served import assert_same, assert_same_outcome, outcome, served
 from tiny import EOS, PAD, build, prompts
 from transformers import (
     GenerationConfig,
@@ -66,16 +67,6 @@ def lora_of_two() -> Any:
         settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
         model = peft.get_peft_model(build("llama"), settings, "one")
         model.add_adapter("two", settings)
-    return model.eval()
-
-
-def prompt_tuned() -> Any:
-    import peft
-
-    # The virtual tokens are drawn: two models made here have to be the same one.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     return model.eval()
 
 
@@ -239,22 +230,10 @@ def test_the_call_runs_untouched_and_is_counted(reason: str, name: str, tmp_path
     with served(tmp_path) as here:
         for _ in range(2):
             found, told = here.ask(outcome, functools.partial(call, model))
-            assert type(bare) is type(found)
-            if isinstance(bare, Exception):
-                assert str(bare) == str(found)
-            else:
-                assert_same(bare, found)
+            assert_same_outcome(bare, found)
+            if not isinstance(bare, Exception):
                 assert set(told.uncacheable) == {reason}
             assert told.hits == told.misses == 0
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or raises."""
-    torch.manual_seed(5)
-    try:
-        return call()
-    except Exception as error:  # whatever it is, it has to be the same
-        return error
 
 
 def test_every_reason_is_met_by_some_test() -> None:
