@@ -150,19 +150,21 @@ LEFT JOIN used ON used.run = t.run;
 -- earlier run had loaded. A load that was spared is credited with the last one that an earlier run measured of that model on the
 -- same device, which is the one that the answers were computed on; where none was: NULL, and an unmeasured load.
 CREATE VIEW audit_loads AS
-WITH met AS (
-    SELECT model, min(started_at) AS started_at FROM loads_once WHERE model IS NOT NULL GROUP BY model
+WITH made AS MATERIALIZED (
+    SELECT * FROM loads_once
+), met AS (
+    SELECT model, min(started_at) AS started_at FROM made WHERE model IS NOT NULL GROUP BY model
 ), measured AS (
     SELECT model, started_at, device, arg_max(seconds, (seq, store)) AS seconds
-    FROM (SELECT *, unnest(devices) AS device FROM loads_once WHERE model IS NOT NULL AND started_at IS NOT NULL)
+    FROM (SELECT *, unnest(devices) AS device FROM made WHERE model IS NOT NULL AND started_at IS NOT NULL)
     GROUP BY run, model, started_at, device
 ), asleep AS (
     SELECT run, a.model, s.started_at, a.devices
     FROM (SELECT run, model, list(DISTINCT device) FILTER (outcome = 'hit' AND device IS NOT NULL) AS devices
         FROM lookups WHERE model IS NOT NULL GROUP BY run, model
         HAVING bool_or(outcome = 'hit') AND NOT bool_or(outcome = 'miss')) a JOIN run_spans s USING (run) JOIN met USING (model)
-    WHERE met.started_at < s.started_at AND run NOT IN (SELECT run FROM loads_once WHERE model IS NULL)
-        AND (run, a.model) NOT IN (SELECT (run, model) FROM loads_once WHERE model IS NOT NULL)
+    WHERE met.started_at < s.started_at AND run NOT IN (SELECT run FROM made WHERE model IS NULL)
+        AND (run, a.model) NOT IN (SELECT (run, model) FROM made WHERE model IS NOT NULL)
 ), credited AS (
     SELECT run, a.model, arg_max(m.seconds, (m.started_at, m.device)) AS seconds
     FROM (SELECT run, model, started_at, unnest(devices) AS device FROM asleep) a
@@ -170,7 +172,7 @@ WITH met AS (
 )
 SELECT run, model, count(*) AS loads, sum(seconds) AS load_seconds, 0 AS avoided_loads, 0.0 AS avoided_load_seconds,
     0 AS unmeasured_loads
-FROM loads_once GROUP BY run, model
+FROM made GROUP BY run, model
 UNION ALL
 SELECT run, model, 0, 0.0, 1, seconds, (seconds IS NULL)::INTEGER
 FROM asleep LEFT JOIN credited USING (run, model);
