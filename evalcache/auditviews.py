@@ -278,10 +278,12 @@ WITH held AS (
         coalesce(nullif(regexp_extract(path, '^(.*?[.][0-9]+)([.]|$)', 1), ''), path) AS block
     FROM modules
 ), pairs AS (
-    SELECT class, place, names AS names_b, digest AS model_b, lag(digest) OVER family AS model_a, lag(names) OVER family AS names_a
+    SELECT class, place, names AS names_b, digest AS model_b, lag(digest) OVER family AS model_a,
+        lag(names) OVER family AS names_a
     FROM models_in_order WINDOW family AS (PARTITION BY class, parameters ORDER BY place)
 ), compared AS (
-    SELECT p.*, b.block, b.bytes, a.model IS NULL OR a.own <> b.own AS changed, a.model IS NULL OR a.weights <> b.weights AS weighed
+    SELECT p.*, b.block, b.bytes, a.model IS NULL OR a.own <> b.own AS changed,
+        a.model IS NULL OR a.weights <> b.weights AS weighed
     FROM pairs p JOIN held b ON b.model = p.model_b LEFT JOIN held a ON a.model = p.model_a AND a.path = b.path
     WHERE p.model_a IS NOT NULL
     UNION ALL
