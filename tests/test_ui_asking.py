@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -132,6 +134,16 @@ class TestQuestions:
             assert reply.status in (400, 500) and b"emory" in reply.body
             assert b"SET" not in reply.body
         assert not list(path.parent.glob("*.tmp/*"))
+
+    def test_nothing_is_printed_into_an_answer(self, path: Path) -> None:
+        """As DuckDB's bar of progress is after two seconds; here it is printed by a stand-in for `answer`."""
+        code = (
+            "import os\nimport evalcache.ui.asking as asking\n"
+            "asking.answer = lambda path, sql: {'rows': [], 'printed': os.write(1, b'100%')}\nasking.answer_stdin()"
+        )
+        question = json.dumps({"path": str(path), "sql": "", "seconds": 20, "memory_bytes": 2**32})
+        done = subprocess.run([sys.executable, "-c", code], input=question, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, json.loads(done.stdout)) == (0, {"rows": [], "printed": 4})
 
     def test_one_at_a_time(self, path: Path) -> None:
         asker = Asker(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -105,6 +106,9 @@ _STATUS = {0: 200, EvalCacheError.exit_code: 400, LedgerLockedError.exit_code: 5
 
 def answer_stdin() -> None:
     """In the process of its own: read the question, print the answer."""
+    # What a library prints, such as DuckDB's bar of progress, is no part of the answer.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     question = json.load(sys.stdin.buffer)
     _limit(question["seconds"], question["memory_bytes"])
     try:
@@ -113,8 +117,8 @@ def answer_stdin() -> None:
         body, code = {"error": _told(error)}, error.exit_code
     except MemoryError:
         body, code = {"error": "the query needs more memory than it may have"}, EvalCacheError.exit_code
-    sys.stdout.write(json.dumps(body))
-    sys.stdout.flush()
+    with out:
+        json.dump(body, out)
     sys.exit(code)
 
 
