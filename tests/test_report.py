@@ -242,7 +242,7 @@ class TestChanges:
             ask_tasks(store, run, NOON + int(run[0]), model, "one name", "miss")
         ledger.sync(store)
         found = gather(ledger)
-        names = tuple(f"one name ({model.root.hex[:8]})" for model in (BASE, TUNED))
+        names = tuple(f"{model.root.hex[:8]} one name" for model in (BASE, TUNED))
         assert found.families[0].steps[0][2:] == names
         assert (found.pairs[0].name_a, found.pairs[0].name_b) == names
 

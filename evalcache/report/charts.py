@@ -107,7 +107,11 @@ def hit_rates(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Spec:
     both = [row for row in rows if row["by_request"] is not None and row["by_second"] is not None]
     measures = {"type": "ordinal", "domain": ["by second", "by request"]}
     legend = {"title": None}
-    x = {"type": "quantitative", "scale": {"domain": [0, 1]}, "axis": {"title": None, "format": ".0%", "tickCount": 5}}
+    x = {
+        "type": "quantitative",
+        "scale": {"domain": [0, 1]},
+        "axis": {"title": None, "format": ".0%", "values": [0, 0.25, 0.5, 0.75, 1]},
+    }
     return {
         **_fitted(narrow),
         "height": {"step": 26},
@@ -158,7 +162,10 @@ def spending(rows: Sequence[Mapping[str, Any]], unit: str, narrow: bool = False)
             "y": _names(rows, narrow),
             "x": {
                 "field": "amount", "type": "quantitative", "stack": "zero",
-                "axis": {"title": unit, "tickCount": 4 if narrow else 7, "titleAnchor": "end"},
+                "axis": {
+                    "title": unit, "tickCount": 3 if narrow else 7, "titleAnchor": "end", "labelOverlap": True,
+                    "labelSeparation": 8,
+                },
             },
             "order": {"field": "line", "sort": "ascending"},
             "color": _lines(),

@@ -165,7 +165,7 @@ def _names(ask: Ask) -> dict[str, str]:
     }
     often = collections.Counter(known.values())
     return {
-        digest: digest[:12] if not name else name if often[name] == 1 else f"{name} ({digest[:8]})"
+        digest: digest[:12] if not name else name if often[name] == 1 else f"{digest[:8]} {name}"
         for digest, name in known.items()
     }
 

@@ -277,8 +277,7 @@ def _named(row: Row, nothing: str) -> str:
 def _apart(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Names of models; with the beginning of the digest where two models have one name."""
     return [
-        f"{name} ({row.group[:8]})" if row.group and names.count(name) > 1 else name
-        for name, row in zip(names, rows, strict=True)
+        f"{row.group[:8]} {name}" if row.group and names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)
     ]
 
 

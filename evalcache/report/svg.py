@@ -16,21 +16,22 @@ from evalcache.errors import ReportError
 
 _LONG = re.compile(r"(\d+\.\d\d)\d+")
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+_MEASURED, _SHOWN = 13.5, 12  # pixels: texts are laid out for a larger size, since the reader's fonts may be wider than ours
 _CONFIG = {
     "background": None,
     "font": _FONT,
     "padding": 2,
     "view": {"stroke": None},
     "axis": {
-        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "titleFontWeight": "normal", "labelFontSize": 12,
-        "titleFontSize": 12, "gridColor": "var(--line)", "domain": False, "tickColor": "var(--line)", "titlePadding": 8,
+        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "titleFontWeight": "normal", "labelFontSize": _MEASURED,
+        "titleFontSize": _MEASURED, "gridColor": "var(--line)", "domain": False, "tickColor": "var(--line)", "titlePadding": 8,
         "labelPadding": 6,
     },
     "legend": {
-        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "labelFontSize": 12, "titleFontSize": 12, "orient": "top",
-        "titleFontWeight": "normal", "symbolStrokeWidth": 1.5, "labelLimit": 320, "columnPadding": 16,
+        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "labelFontSize": _MEASURED, "titleFontSize": _MEASURED,
+        "orient": "top", "titleFontWeight": "normal", "symbolStrokeWidth": 1.5, "labelLimit": 320, "columnPadding": 16,
     },
-    "text": {"color": "var(--ink)", "fontSize": 12},
+    "text": {"color": "var(--ink)", "fontSize": _MEASURED},
     "title": {"color": "var(--ink)", "fontSize": 13, "fontWeight": 600, "anchor": "start", "frame": "group"},
 }  # fmt: skip
 
@@ -53,7 +54,8 @@ def draw(spec: Mapping[str, Any], name: str) -> str:
     seen = {name: root.get(name, "") for name in ("viewBox", "width")}
     _tidy(root)
     root.attrib = {**seen, "role": "img", "aria-label": name}
-    return _LONG.sub(r"\1", ET.tostring(root, encoding="unicode"))
+    text = ET.tostring(root, encoding="unicode").replace(f'font-size="{_MEASURED}px"', f'font-size="{_SHOWN}px"')
+    return _LONG.sub(r"\1", text)
 
 
 def _tidy(element: ET.Element) -> None:
