@@ -313,6 +313,10 @@ def test_a_budget_that_suffices_changes_nothing(here: Here, store_folder: Path) 
     assert done.returncode == 0, done.stderr
     done = cli(store_folder, "plan", "--", *command)
     assert done.returncode == 0 and "plan: 40 hit, 0 run" in done.stdout
+    more = [str(one).replace("tiny_mc,tiny_gen", "tiny_letters") for one in command]
+    done = cli(store_folder, "run", "--budget", "0.001s", "--", *more)  # loading has taken longer than that
+    assert done.returncode == 2 and "less than it takes to load the model" in done.stderr, done.stderr
+    assert "Running loglikelihood requests" not in done.stdout
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------------
