@@ -16,7 +16,7 @@ _CALLS = frozenset({"CALL", "CALL_FUNCTION", "CALL_METHOD"})
 _NO_MATTER = frozenset("CACHE PRECALL PUSH_NULL RESUME EXTENDED_ARG NOP KW_NAMES NOT_TAKEN".split())
 _VALUES = frozenset({"LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF", "LOAD_SMALL_INT"})
 _GETTERS = frozenset({"get", "pop", "setdefault", "__getitem__"})
-_EXPRESSIONS = frozenset({"eval", "exec", "import_module", "__import__"})
+_BUILTINS = frozenset({"eval", "exec", "__import__"})  # as methods these are something else: `module.eval()`
 _ALWAYS = frozenset({"vars", "__dict__", "attrgetter", "methodcaller", "__getattribute__"})
 _Call = tuple[int, Sequence[dis.Instruction]]
 
@@ -34,7 +34,7 @@ def computes_globals(code: types.CodeType) -> bool:
     """Whether it asks for a global whose name does not stand in it, or evaluates a text that does not."""
     found = list(_instructions(code))
     for place, one in enumerate(found):
-        if any(_is_load(one, name) for name in _EXPRESSIONS) and not _is_constant(_arguments(found, place), 0):
+        if _evaluates(found, place) and not _is_constant(_arguments(found, place), 0):
             return True
         if _is_load(one, "globals"):
             after = [other for other in found[place + 1 : place + 6] if other.opname not in _CALLS]
@@ -43,6 +43,16 @@ def computes_globals(code: types.CodeType) -> bool:
             if not after or after[0].opname != "LOAD_CONST" or not isinstance(after[0].argval, str):
                 return True
     return any(map(computes_globals, _inside(code)))
+
+
+def _evaluates(found: Sequence[dis.Instruction], place: int) -> bool:
+    """Whether the function that is loaded here takes a text that says what to do."""
+    one = found[place]
+    if _is_load(one, "import_module"):
+        return True
+    if not any(_is_load(one, name) for name in _BUILTINS):
+        return False
+    return one.opname not in _ATTRIBUTES or (place > 0 and _is_load(found[place - 1], "builtins"))
 
 
 def environment_names(code: types.CodeType, known: Mapping[str, object]) -> set[str] | None:
