@@ -281,6 +281,35 @@ def test_every_law_holds_at_length(folder: Any, runs: list[Run]) -> None:
     check_all_laws(folder(runs))
 
 
+def one_request(line: str) -> Any:
+    return st.sampled_from(DEVICES).map(lambda device: [[(line, 0, "", "", 1.0, device)]])
+
+
+several_loads = st.lists(
+    st.one_of(
+        st.builds(
+            Run, calls=one_request("miss"), overhead=st.just({}), tags=st.just(()), model=st.just(BASE),
+            loads=st.lists(eighths, min_size=1, max_size=2), measured=st.just(()),
+        ),
+        st.builds(
+            Run, calls=one_request("credited"), overhead=st.just({}), tags=st.just(()),
+            model=st.sampled_from([BASE, BASE, TUNED]), loads=st.just(()), measured=st.just(()),
+        ),
+    ),
+    min_size=5, max_size=8,
+)  # fmt: skip
+
+
+@FEW
+@given(runs=several_loads)
+def test_a_spared_load_is_the_last_one_on_its_device(folder: Any, runs: list[Run]) -> None:
+    made = folder(runs)
+    check_recounted(made, made.report())
+    spared = made.ledger.query("SELECT count(*), count(avoided_load_seconds) FROM audit_loads WHERE avoided_loads > 0").rows
+    told = [spared_load(runs, number) for number in range(len(runs))]
+    assert spared == [(sum(one[0] for one in told), sum(one[0] - one[2] for one in told))]  # NULL where none was measured
+
+
 @FEW
 @given(runs=ledgers, factor=st.sampled_from([0.0, 0.5, 2.0, 10.0]))
 def test_money_and_energy_scale_with_their_prices(folder: Any, runs: list[Run], factor: float) -> None:
