@@ -103,6 +103,10 @@ class TestNumbers:
         assert (found.by_task.runs, found.by_task.total.figures["hits"], found.by_day.total.figures["misses"]) == (1, 5, 0)
         assert [row.group for row in found.by_day.rows] == ["2023-11-16"]
 
+    def test_a_time_without_runs_has_a_page(self, made: tuple[Path, Ledger]) -> None:
+        text = page(made[1].path, since="2099-01-01")
+        assert "No runs" in text and "Nothing missed." in text and "<figure>" not in text
+
     def test_one_opening_of_the_ledger_serves_all(self, made: tuple[Path, Ledger], monkeypatch: pytest.MonkeyPatch) -> None:
         opened = []
         original = Ledger._attached
