@@ -254,11 +254,12 @@ def test_replaced_file_wakes_as_what_it_is(folder, run):
     """The files are replaced between ``from_pretrained`` and the first miss: what runs is what is keyed."""
     run(ask, folder)
     other = tiny.build("llama", seed=9)
+    other.save_pretrained(folder.parent / "other")
 
     def script():
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert lazy.is_asleep(model)
-        other.save_pretrained(folder)
+        shutil.copytree(folder.parent / "other", folder, dirs_exist_ok=True)  # as somebody else would, unseen
         return model.generate(
             input_ids=ids(3), attention_mask=torch.ones(4, 8, dtype=torch.long), max_new_tokens=5, do_sample=False
         )

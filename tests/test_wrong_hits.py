@@ -11,7 +11,9 @@ import functools
 import math
 import os
 import random
+import shutil
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ import torch
 from served import assert_same, served
 from tiny import build, prompts
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from words import train_tokenizer
 
 import evalcache
 from evalcache.cache import Cache
+from evalcache.integrations import lazy
 from evalcache.lookups import computes_attributes, computes_globals, environment_names
 
 BATCH = prompts()
@@ -36,7 +40,7 @@ def ask(model: Any, **settings: Any) -> Any:
     return model.generate(**BATCH, max_new_tokens=8, do_sample=False, **settings)
 
 
-# --- what a user's own forward reads -------------------------------------------------------------------------------------------
+# --- what a user's own forward reads ----------------------------------------------------------------------------------------
 
 SETTINGS = types.ModuleType("settings_of_a_user")
 NAME = "A_FACTOR_OF_OURS"
@@ -182,7 +186,7 @@ def test_a_model_that_draws_from_other_generators_is_not_served(cls: type, tmp_p
             assert told.hits == told.misses == 0 and told.uncacheable == {"unsupported": 4}
 
 
-# --- settings ------------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_quantised_cache_reaches_into_padding(tmp_path: Path) -> None:
@@ -212,7 +216,7 @@ def test_a_quantised_cache_reaches_into_padding(tmp_path: Path) -> None:
         assert told.hits == 0
 
 
-# --- a loop of one's own -------------------------------------------------------------------------------------------------------
+# --- a loop of one's own ----------------------------------------------------------------------------------------------------
 
 ASKED = evalcache.named("somebody's model", version="1")
 QUESTIONS = ["what is kept", "the model is"]
@@ -315,7 +319,7 @@ def test_settings_of_a_model_inside_another_count(tmp_path: Path) -> None:
         assert run() == texts_of(judge.model, tokenizer, QUESTIONS)
 
 
-# --- names that stand in no code -----------------------------------------------------------------------------------------------
+# --- names that stand in no code --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,3 +373,56 @@ def test_computed_globals_are_told_from_written_ones(source: str, computed: bool
 )
 def test_variables_by_written_names_are_known(source: str, names: set[str] | None) -> None:
     assert environment_names(eval(source).__code__, globals()) == names
+
+
+# --- files that change ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint that the cache has met, and that sleeps from then on."""
+    build("llama").save_pretrained(tmp_path / "model")
+    for _ in range(2):
+        with served(tmp_path / "cache") as here:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+            here.ask(ask, model)
+    assert lazy.is_asleep(model)
+    return tmp_path / "model"
+
+
+def test_a_model_that_sleeps_is_read_before_its_files_are_written(folder: Path) -> None:
+    before = ask(AutoModelForCausalLM.from_pretrained(folder), repetition_penalty=1.3)
+    with served(folder.parent / "cache") as here:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert lazy.is_asleep(model)
+        build("llama", 1).save_pretrained(folder)
+        assert_same(before, here.ask(ask, model, repetition_penalty=1.3)[0])
+        assert not torch.equal(before, ask(AutoModelForCausalLM.from_pretrained(folder), repetition_penalty=1.3))
+
+
+def test_files_that_somebody_else_has_written_are_told_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("llama", 1).save_pretrained(folder.parent / "other")
+    with served(folder.parent / "cache") as here:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            output, counted = here.ask(ask, model, repetition_penalty=1.3)
+        assert_same(ask(AutoModelForCausalLM.from_pretrained(folder), repetition_penalty=1.3), output)
+        assert counted.hits == 0
+    assert "has changed on disk" in " ".join([str(one.message) for one in told]) + capsys.readouterr().err
+
+
+def test_weights_that_a_config_names_count(folder: Path) -> None:
+    def load() -> Any:
+        config = AutoConfig.from_pretrained(folder)
+        config.transformers_weights = "second.safetensors"
+        return AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+    for seed in (1, 2):
+        build("llama", seed).save_pretrained(folder.parent / "other")
+        shutil.copy(folder.parent / "other" / "model.safetensors", folder / "second.safetensors")
+        bare = ask(load())
+        for _ in range(2):
+            with served(folder.parent / "cache") as here:
+                assert_same(bare, here.ask(ask, load())[0])

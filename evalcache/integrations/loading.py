@@ -23,6 +23,7 @@ import torch
 from evalcache.adapters import is_determined
 from evalcache.cache import Cache
 from evalcache.canonical import digest_canonical
+from evalcache.checkpoint import read_json
 from evalcache.code import library_of
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, EvalCacheError, FingerprintError
@@ -30,7 +31,7 @@ from evalcache.filememo import FileMemo
 from evalcache.identity import ADAPTER_CONFIG, CheckpointIndex, base_of_adapter, identify_adapter, identify_checkpoint
 from evalcache.integrations.draws import Draws, skip_draws
 from evalcache.integrations.known import changed, describe, hollow_model, names_of, runtime
-from evalcache.integrations.lazy import LazyModel, Sleep, config_digest, sleep_of
+from evalcache.integrations.lazy import LazyModel, Sleep, awake, config_digest, sleep_of
 from evalcache.integrations.packing import name_of, pack
 from evalcache.weights import fingerprint
 
@@ -55,6 +56,7 @@ _NOTHING = frozenset(
     "distributed_config tp_size kernel_config state_dict gguf_file tp_plan key_mapping device_mesh".split()
 )
 _loading = threading.local()
+_asleep: weakref.WeakKeyDictionary[LazyModel, frozenset[str]] = weakref.WeakKeyDictionary()  # and the folders of their files
 _loaded: weakref.WeakKeyDictionary[Any, tuple[Digest, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -141,6 +143,19 @@ def guarded(cache: Cache, step: Callable[[], Any]) -> Any:
         return None
 
 
+def sleeps_on(model: LazyModel, *folders: Any) -> LazyModel:
+    """A model that sleeps, from these folders."""
+    _asleep[model] = frozenset(os.path.realpath(one) for one in folders if one is not None)
+    return model
+
+
+def before_writing(cache: Cache, folder: Any) -> None:
+    """Wake the models that sleep on a folder that is about to be written: without us they would have been read by now."""
+    if isinstance(folder, (str, os.PathLike)):
+        for model in [model for model, folders in _asleep.items() if os.path.realpath(folder) in folders]:
+            guarded(cache, lambda model=model: awake(model))
+
+
 class _Checkpoint:
     """One checkpoint as it is asked for: which files, which arguments, which versions.
 
@@ -188,7 +203,7 @@ class _Checkpoint:
         if any(given.values()):
             return None
         folder, name = folder_of(path, kwargs), path
-        if folder is None or isinstance(kwargs.get("config"), (str, os.PathLike)):
+        if folder is None or isinstance(kwargs.get("config"), (str, os.PathLike)) or _names_other_weights(kwargs, folder):
             return None
         try:
             found = _adapter_of(path, folder, kwargs)
@@ -233,7 +248,7 @@ class _Checkpoint:
         except EvalCacheError:
             return None
         skip_draws(record["drawn"])
-        return model
+        return sleeps_on(model, self.folder, self.adapter)
 
     def remember(self, model: Any, draws: Draws) -> None:
         """Write down what was loaded. Silently not, where that cannot be told exactly."""
@@ -306,6 +321,12 @@ def _adapter_of(path: Any, folder: Path, kwargs: dict[str, Any]) -> Path | None:
     if adapter is None or kwargs.get("use_safetensors") is False or kwargs.get("subfolder"):
         raise _UnknowableError
     return adapter
+
+
+def _names_other_weights(kwargs: dict[str, Any], folder: Path) -> bool:
+    """Whether the config that is given names a file of weights that the folder's own does not name."""
+    named = getattr(kwargs.get("config"), "transformers_weights", None)
+    return named is not None and named != read_json(folder / "config.json").get("transformers_weights")
 
 
 def _without_nothing(value: Any) -> Any:

@@ -28,7 +28,7 @@ from evalcache.identity import adapter_weights, identify_adapter
 from evalcache.integrations.draws import skip_draws
 from evalcache.integrations.known import apply, names_of
 from evalcache.integrations.lazy import UNKNOWN, LazyModel, Sleep, awake, sleep_of
-from evalcache.integrations.loading import folder_of, guarded, known_as, later
+from evalcache.integrations.loading import folder_of, guarded, known_as, later, sleeps_on
 from evalcache.integrations.packing import class_named, name_of, pack
 from evalcache.integrations.steps import Step
 
@@ -160,7 +160,7 @@ class _Adapter(Step):
             return None
         sleep.promise()
         skip_draws(self.record["drawn"])
-        return LazyModel(sleep)
+        return sleeps_on(LazyModel(sleep), self.folder)
 
     def tell(self, model: Any) -> None:
         """Write down what was loaded, where that can be told exactly."""

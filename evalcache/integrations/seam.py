@@ -152,6 +152,8 @@ class Seam:
         if lazy.is_asleep(model):
             lazy.awake(model)
             if self.cache.open(watch).root != manifest.root:
+                name = lazy.sleep_of(model).hollow.name_or_path
+                self.cache.warn(f"{name} has changed on disk since it was asked for, and is loaded as it is now")
                 raise AnotherModelError
             watch.check_seconds = 0.0  # the first reading of what has been loaded is no check
 

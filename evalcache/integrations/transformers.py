@@ -100,8 +100,20 @@ def _patch_loading() -> None:
         return patched
 
     _replace(PreTrainedModel, "resize_token_embeddings", make_resize)
+    _replace(PreTrainedModel, "save_pretrained", _wakes_before)
     if "_finalize_model_loading" in vars(PreTrainedModel):
         _replace(PreTrainedModel, "_finalize_model_loading", loading.heard)
+
+
+def _wakes_before(original: Any) -> Callable[..., Any]:
+    """``save_pretrained`` of every model: one that sleeps on the files which are written is read first."""
+
+    def patched(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if Seam.installed is not None:
+            loading.before_writing(Seam.installed.cache, save_directory)
+        return original(self, save_directory, *args, **kwargs)
+
+    return patched
 
 
 def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -139,3 +151,4 @@ def _patch_peft() -> None:
         return patched
 
     _replace(module.PeftModel, "from_pretrained", make)
+    _replace(module.PeftModel, "save_pretrained", _wakes_before)
