@@ -126,6 +126,7 @@ class TestQuestions:
         assert time.monotonic() - began < 5
         Ledger(path, lock_timeout_s=0.5).query("SELECT 1")  # and holds nothing
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep a limit on memory")
     def test_a_large_question_is_ended(self, path: Path) -> None:
         asker = Asker(path, seconds=20, memory_bytes=400 * 2**20)
         assert asker.ask("SELECT count(*) FROM audit_by_run").status == 200

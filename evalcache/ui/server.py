@@ -92,17 +92,17 @@ class Live:
         try:
             self._ledger.sync(self._store)
         except LedgerLockedError as error:
-            notice = f"Not brought up to date: {error.message}. What runs have told is kept until then."
+            notice = f"Not brought up to date: {self._said(error)}. What runs have told is kept."
         except EvalCacheError as error:
-            notice = f"Not brought up to date: {error.message}."
+            notice = f"Not brought up to date: {self._said(error)}."
         try:
             state = self.state()
             made = self._make()
         except LedgerLockedError as error:
             if self._last is None:
-                return 503, _message(f"The ledger cannot be read now: {error.message}. Nothing is lost; reload the page.")
+                return 503, _message(f"The ledger cannot be read now: {self._said(error)}. Nothing is lost; reload the page.")
             made, state = self._last
-            notice = f"The ledger cannot be read now: {error.message}. This is the page as it was made before."
+            notice = f"This is the page as it was made before: {self._said(error)}."
         except EvalCacheError as error:
             return 500, _message(str(error))
         except Exception as error:  # of ours, and told rather than a page that never comes
@@ -111,6 +111,9 @@ class Live:
         else:
             self._last = made, state
         return 200, made.replace(NOTICE, f'<span class="live-notice" data-state="{state}">{_escaped(notice)}</span>')
+
+    def _said(self, error: EvalCacheError) -> str:
+        return error.message.removeprefix(f"{self._ledger.path}: ")
 
 
 class _Server(ThreadingHTTPServer):
