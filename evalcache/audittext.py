@@ -12,7 +12,7 @@ from evalcache.printing import print_fields, print_table, said, visible
 from evalcache.summary import format_seconds
 
 _MOST_ROWS = 20
-_COLUMNS = {
+AUDIT_COLUMNS = {
     "requests": "requests",
     "hits": "hits",
     "misses": "misses",
@@ -104,38 +104,40 @@ def _overview(report: Report) -> Iterator[tuple[str, str]]:
         f"{total['requests']:,}: {total['hits']:,} hits, {total['misses']:,} misses, "
         + (f"{total['uncacheable']:,} uncacheable, {total['duplicates']:,} merged"),
     )
-    yield "hit rate", f"{_said('hit_rate', total)} by request, {_said('hit_rate_by_seconds', total)} by second"
-    yield "first computed", f"{_said('spent_seconds', total)} in these runs"
+    yield "hit rate", f"{said_figure('hit_rate', total)} by request, {said_figure('hit_rate_by_seconds', total)} by second"
+    yield "first computed", f"{said_figure('spent_seconds', total)} in these runs"
     yield (
         "reused",
-        (f"{_said('reused_seconds', total)}, by entries that cost {_said('first_computed_seconds', total)} when first computed"),
+        (
+            f"{said_figure('reused_seconds', total)}, by entries that cost {said_figure('first_computed_seconds', total)} when first computed"
+        ),
     )
     across = total["hits"] - total["own_hits"] - total["imported_hits"]
-    yield "  across runs", f"{_said('credited_seconds', total)} in {across:,} hits"
-    yield "  imported", f"{_said('imported_seconds', total)} in {total['imported_hits']:,} hits"
-    yield "overhead", f"{_said('overhead_seconds', total)}, all that evalcache itself took"
-    yield "  verification", f"{_said('verification_seconds', total)} of it, for checks of models"
-    yield "net", f"{_said('net_seconds', total)} (reused less overhead)"
+    yield "  across runs", f"{said_figure('credited_seconds', total)} in {across:,} hits"
+    yield "  imported", f"{said_figure('imported_seconds', total)} in {total['imported_hits']:,} hits"
+    yield "overhead", f"{said_figure('overhead_seconds', total)}, all that evalcache itself took"
+    yield "  verification", f"{said_figure('verification_seconds', total)} of it, for checks of models"
+    yield "net", f"{said_figure('net_seconds', total)} (reused less overhead)"
     merged, avoided, loads = total["duplicate_seconds"], total["avoided_loads"] or 0, total["loads"] or 0
     yield "merged", f"{format_seconds(merged)} with an equal request, or computed by the run itself"
     unmeasured = f", {total['unmeasured_loads']:,} of them not measured" if total["unmeasured_loads"] else ""
-    yield "loads avoided", f"{avoided:,} ({_said('avoided_load_seconds', total)}{unmeasured})"
-    yield "loads", f"{loads:,} ({_said('load_seconds', total)})"
+    yield "loads avoided", f"{avoided:,} ({said_figure('avoided_load_seconds', total)}{unmeasured})"
+    yield "loads", f"{loads:,} ({said_figure('load_seconds', total)})"
     if total["unmeasured_hits"]:
         yield "not measured", f"{total['unmeasured_hits']:,} hits, credited nothing"
     for name in ("money_spent", "money_reused", "money_overhead", "money_net"):
-        yield name.replace("_", " "), _said(name, total, report.currency)
+        yield name.replace("_", " "), said_figure(name, total, report.currency)
     energies = [name for name in FIGURES if name.startswith(("energy", "carbon"))]
     for name in energies:
         if total[name] is not None:
             yield (
                 name.replace("_", " ").removesuffix(" joules").removesuffix(" grams"),
-                (f"{_said(name, total)} ({report.boundaries[name]})"),
+                (f"{said_figure(name, total)} ({report.boundaries[name]})"),
             )
 
 
 def _sections(report: Report) -> Iterator[Section]:
-    columns = [column for name, column in _COLUMNS.items() if name != "money_net" or report.currency]
+    columns = [column for name, column in AUDIT_COLUMNS.items() if name != "money_net" or report.currency]
     rows = [[_group(row, report.by), *_cells(row, report.currency)] for row in report.rows[:_MOST_ROWS]]
     more = len(report.rows) - _MOST_ROWS
     note = f"and {more:,} more (--json or --csv has all)" if more > 0 else ""
@@ -202,7 +204,7 @@ def _meanings(report: Report) -> list[list[str]]:
 
 
 def _cells(row: Row, currency: str | None) -> list[str]:
-    return [_said(name, row.figures, currency) for name in _COLUMNS if name != "money_net" or currency]
+    return [said_figure(name, row.figures, currency) for name in AUDIT_COLUMNS if name != "money_net" or currency]
 
 
 def _group(row: Row, by: str) -> str:
@@ -211,7 +213,8 @@ def _group(row: Row, by: str) -> str:
     return f"{row.group[:12]} {_cut(row.name, 40)}" if row.name else row.group
 
 
-def _said(name: str, figures: Mapping[str, Any], currency: str | None = None) -> str:
+def said_figure(name: str, figures: Mapping[str, Any], currency: str | None = None) -> str:
+    """A figure with its unit, as the audit and the page say it; – where it is not known."""
     value, unit = figures[name], FIGURES[name].unit
     if value is None:
         return "–"

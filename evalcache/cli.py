@@ -77,6 +77,7 @@ def run(
 
     With --budget the run is planned first, where it can be, and ends with exit code 4 between two batches once its computing,
     loading and our overhead have taken so many seconds, or so much money. What was computed is stored: run it again to go on.
+    Exit code 2 where loading the model alone would take it all: the same command would never get further.
     """
     if ab and budget is not None:
         raise click.UsageError("--budget is not for --ab, which has to run everything")

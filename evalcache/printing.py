@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evalcache.digest import Digest
+
 _PIPE_WIDTH = 10_000  # where nobody watches, nothing is wrapped or cut
 
 
@@ -33,11 +35,13 @@ def visible(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: bytes as hex, not-a-number and infinities as null, everything unknown as its text."""
+    """``value`` as JSON can hold it: digests with their algorithm, other bytes as hex, infinities as null, else its text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in value]
+    if isinstance(value, Digest):
+        return str(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value).hex()
     if isinstance(value, float):

@@ -22,7 +22,7 @@ LEVELS = {
     "folder": 1,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
-    "printing": 1,  # nor this
+    "printing": 1.5,  # nor this
     "progress": 1,
     "collector": 1,  # Python's own
     "canonical": 1.5,

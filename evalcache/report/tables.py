@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evalcache.audittext import _COLUMNS as AUDIT_COLUMNS
-from evalcache.audittext import _said as said_figure
+from evalcache.audittext import AUDIT_COLUMNS, said_figure
 from evalcache.figures import FIGURES, Row
 from evalcache.printing import said, visible
 from evalcache.summary import format_seconds
