@@ -80,6 +80,8 @@ def describe_environment(
             torch.backends.cudnn.allow_tf32,
         ]
     recorded = {"device_name": device_name(kind), "deterministic": torch.are_deterministic_algorithms_enabled()}
+    if "cpu" in kind:
+        recorded |= {"threads": torch.get_num_threads(), "mkldnn": torch.backends.mkldnn.enabled}
     return Environment(Fields(keyed | ({"strict": recorded} if match == "strict" else {})), recorded)
 
 

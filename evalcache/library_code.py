@@ -309,16 +309,18 @@ class LibraryCode:
             inside = cell_value(cell)
             self._cells.append((cell, inside))
             cells.append(self._cell(inside, where))
-        keywords = [[name, plain_value(value)] for name, value in sorted((function.__kwdefaults__ or {}).items())]
-        defaults = [plain_value(value) for value in function.__defaults__ or ()]
+        keywords = [[name, self._cell(value, where)] for name, value in sorted((function.__kwdefaults__ or {}).items())]
+        defaults = [self._cell(value, where) for value in function.__defaults__ or ()]
         found = digest_canonical([origin, self._code_digest(function.__code__), defaults, keywords, cells])
         self._function_digests[id(function)] = found
         return found.value
 
     def _cell(self, value: Any, where: str) -> Any:
-        """What a library function closes over: functions and plain values; of others their class."""
+        """What a library function closes over, or takes by default: functions and plain values; of others their class."""
         if isinstance(value, type):
             return ["class", class_name(value)]
+        if class_name(type(value)) == "torch.dtype":
+            return ["dtype", str(value)]
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)):
             return self._value(value, where)
         plain = plain_value(value)

@@ -24,13 +24,14 @@ import torch
 from served import assert_same, served
 from tiny import build, prompts
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from words import train_tokenizer
 
 import evalcache
 from evalcache.cache import Cache
 from evalcache.integrations import lazy
 from evalcache.lookups import computes_attributes, computes_globals, environment_names
+from evalcache.weights import fingerprint
 
 BATCH = prompts()
 Case = Callable[[contextlib.ExitStack], tuple[Any, Callable[[], Any]]]
@@ -184,6 +185,51 @@ def test_a_model_that_draws_from_other_generators_is_not_served(cls: type, tmp_p
         for _ in range(2):
             _, told = here.ask(ask, model)
             assert told.hits == told.misses == 0 and told.uncacheable == {"unsupported": 4}
+
+
+def test_a_type_that_a_library_function_takes_by_default_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    before = fingerprint(model).root
+    monkeypatch.setattr(nn.functional.softmax, "__defaults__", (None, 3, torch.float16))
+    assert fingerprint(model).root != before
+
+
+def test_strict_matching_keys_the_number_of_threads(tmp_path: Path) -> None:
+    model, threads = build("llama"), torch.get_num_threads()
+    with served(tmp_path, match="strict") as here:
+        here.ask(ask, model)
+        assert here.ask(ask, model)[1].hits == 4
+        try:
+            torch.set_num_threads(threads + 1)
+            assert here.ask(ask, model)[1].hits == 0
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_each_part_of_a_4_bit_weight_counts(asked_before: bool, tmp_path: Path) -> None:
+    """In the layout of the file, and in that which the first forward on a CPU chooses."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
+    LlamaForCausalLM(LlamaConfig(**settings, pad_token_id=0)).save_pretrained(tmp_path / "model")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=four, device_map="cpu").eval()
+    if asked_before:
+        ask(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    states = [weight.quant_state, getattr(weight.quant_state, "state2", None)]
+    held = [(name, one) for state in states if state is not None for name, one in vars(state).items()]
+    # That layout has the offset in its factors, and the one beside them acts no more.
+    parts = [one for name, one in held if isinstance(one, torch.Tensor) and not (asked_before and name == "offset")]
+    before = fingerprint(model).root
+    assert len(parts) >= 2
+    for part in [weight.data, *parts]:
+        kept = part.clone()
+        part.view(-1)[0] += 1
+        assert fingerprint(model).root != before
+        part.copy_(kept)
+        assert fingerprint(model).root == before
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------------
