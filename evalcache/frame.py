@@ -233,7 +233,7 @@ def _open(key: Digest, frame: Any) -> tuple[int, int, int, int]:
     expected = checksum(frame[:-SIZE_BYTES] if size < _SMALL_BYTES else memoryview(frame)[:-SIZE_BYTES])
     if not frame.endswith(expected):
         raise _fault(key, "the frame was altered", expected.hex(), frame[-SIZE_BYTES:].hex())
-    if owner != key.value:
+    if owner != key:
         raise _fault(key, "the frame belongs to another key", key.hex, owner.hex())
     return packed_answer, answer, packed_question, question
 

@@ -274,19 +274,19 @@ class Store:
 
     def _read(self, keys: Sequence[Digest], decode_frame: Callable[[Digest, bytes], Any]) -> dict[Digest, Any]:
         """What ``decode_frame`` makes of the frames under these keys, or the `FrameError` of those that were set aside."""
-        by_value = {key.value: key for key in keys}
+        wanted = dict(zip(keys, keys, strict=True))  # found by plain bytes, too
         found: dict[Digest, Any] = {}
         unreadable: list[tuple[bytes, str]] = []
         bad: list[tuple[Digest, Any, FrameError]] = []
         with paused_for(len(keys)):
-            for rows in self._rows.select(list(by_value), unreadable):
+            for rows in self._rows.select(list(wanted), unreadable):
                 for value, frame in rows:
-                    key = by_value[value]
+                    key = wanted[value]
                     try:
                         found[key] = decode_frame(key, frame)
                     except FrameError as error:
                         bad.append((key, frame, error))
-        bad += [(by_value[value], None, _unreadable(by_value[value], why)) for value, why in unreadable]
+        bad += [(wanted[value], None, _unreadable(wanted[value], why)) for value, why in unreadable]
         if bad:
             found.update((key, error) for key, _, error in bad)
             self._set_aside(bad)

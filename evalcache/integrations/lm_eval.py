@@ -30,7 +30,7 @@ from evalcache.integrations.lm_eval_tasks import watch_scores
 from evalcache.integrations.patching import Patches
 from evalcache.integrations.scoring import Scoring, score_rows
 from evalcache.integrations.seam import not_again
-from evalcache.records import Policy, Result, unpack_logprobs
+from evalcache.records import Policy, Result, pack_tokens, unpack_logprobs
 from evalcache.serving import Labels
 
 CLIENT = LM_EVAL.name
@@ -266,10 +266,10 @@ def _odd(lm: Any, asked: Sequence[tuple[Any, list[int], list[int]]]) -> list[int
     ones it reads the wrong places, so the answer belongs to the call and not to the request."""
     if not lm.logits_cache:
         return []
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for place, (_, context, tail) in enumerate(asked):
-        groups.setdefault(tuple(context + tail[:-1]), []).append(place)
-    mixed = [places for places in groups.values() if len({len(asked[place][2]) for place in places}) > 1]
+        groups.setdefault(pack_tokens(context + tail[:-1]), []).append(place)
+    mixed = [places for places in groups.values() if len(places) > 1 and len({len(asked[place][2]) for place in places}) > 1]
     return sorted(place for places in mixed for place in places)
 
 
@@ -301,13 +301,15 @@ def _rows(lm: Any, asked: Sequence[tuple[Any, list[int], list[int]]]) -> list[tu
     for _, context, tail in asked:
         if not context or not tail or len(tail) > limit:
             raise UncacheableError("argument", "a request that the harness refuses")
-        if len(context) + len(tail) > limit + 1:
+        if len(context) + len(tail) <= limit + 1:
+            rows.append((context, tail))
+        else:
             # As the harness says it, of those that are computed and of those that are stored.
             logging.getLogger("lm_eval.models.huggingface").warning(
                 f"Combined length of context ({len(context)}) and continuation ({len(tail)}) exceeds model's maximum length "
                 f"({limit}). Truncating {len(context) + len(tail) - limit + 1} tokens from the left."
             )
-        rows.append((context[-(limit + 1 - len(tail)) :], tail))
+            rows.append((context[-(limit + 1 - len(tail)) :], tail))
     return rows
 
 
