@@ -102,16 +102,12 @@ def _overview(report: Report) -> Iterator[tuple[str, str]]:
     yield (
         "requests",
         f"{total['requests']:,}: {total['hits']:,} hits, {total['misses']:,} misses, "
-        + (f"{total['uncacheable']:,} uncacheable, {total['duplicates']:,} merged"),
+        + f"{total['uncacheable']:,} uncacheable, {total['duplicates']:,} merged",
     )
     yield "hit rate", f"{said_figure('hit_rate', total)} by request, {said_figure('hit_rate_by_seconds', total)} by second"
     yield "first computed", f"{said_figure('spent_seconds', total)} in these runs"
-    yield (
-        "reused",
-        (
-            f"{said_figure('reused_seconds', total)}, by entries that cost {said_figure('first_computed_seconds', total)} when first computed"
-        ),
-    )
+    first_s = said_figure("first_computed_seconds", total)
+    yield "reused", f"{said_figure('reused_seconds', total)}, by entries that cost {first_s} when first computed"
     across = total["hits"] - total["own_hits"] - total["imported_hits"]
     yield "  across runs", f"{said_figure('credited_seconds', total)} in {across:,} hits"
     yield "  imported", f"{said_figure('imported_seconds', total)} in {total['imported_hits']:,} hits"

@@ -23,7 +23,7 @@ from typing import Any
 from evalcache.checking import Checking
 from evalcache.collector import paused_for, resume
 from evalcache.counts import Counts
-from evalcache.decide import decide, policy_of
+from evalcache.decide import decide_all, policy_of
 from evalcache.digest import Digest
 from evalcache.errors import (
     EvalCacheError,
@@ -330,7 +330,7 @@ class Cache:
 
     def _look_up(self, keys: list[Digest], all_or_none: bool) -> dict[Digest, Lookup]:
         found = self._read(keys) if self.policy.reads else {}
-        lookups = {key: decide(self.policy, key, found.get(key)) for key in keys}
+        lookups = decide_all(self.policy, keys, found)
         if all_or_none and not all(isinstance(lookup, Entry) for lookup in lookups.values()):
             return {key: Miss("batch") if isinstance(lookup, Entry) else lookup for key, lookup in lookups.items()}
         return lookups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 
 from evalcache.digest import Digest
 from evalcache.errors import EvalCacheError, FrameError, ReplayMissError
@@ -33,6 +34,13 @@ def decide(policy: Policy, key: Digest, found: Entry | FrameError | None) -> Loo
             reason=miss.reason,
         )
     return miss
+
+
+def decide_all(policy: Policy, keys: Sequence[Digest], found: Mapping[Digest, Entry | FrameError]) -> dict[Digest, Lookup]:
+    """`decide` of each key. Raises: as that."""
+    if policy.reads and len(found) == len(keys) and all(type(one) is Entry for one in found.values()):
+        return dict(found)  # every one a hit: the common case, in bulk
+    return {key: decide(policy, key, found.get(key)) for key in keys}
 
 
 def policy_of(given: Policy | str | None) -> Policy:

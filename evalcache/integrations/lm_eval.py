@@ -30,7 +30,7 @@ from evalcache.integrations.lm_eval_tasks import watch_scores
 from evalcache.integrations.patching import Patches
 from evalcache.integrations.scoring import Scoring, score_rows
 from evalcache.integrations.seam import not_again
-from evalcache.records import Policy, Result, pack_tokens, unpack_logprobs
+from evalcache.records import Policy, Result, unpack_logprobs
 from evalcache.serving import Labels
 
 CLIENT = LM_EVAL.name
@@ -266,11 +266,18 @@ def _odd(lm: Any, asked: Sequence[tuple[Any, list[int], list[int]]]) -> list[int
     ones it reads the wrong places, so the answer belongs to the call and not to the request."""
     if not lm.logits_cache:
         return []
-    groups: dict[bytes, list[int]] = {}
+    rough: dict[tuple[int, int | None, int | None], list[int]] = {}
     for place, (_, context, tail) in enumerate(asked):
-        groups.setdefault(pack_tokens(context + tail[:-1]), []).append(place)
-    mixed = [places for places in groups.values() if len(places) > 1 and len({len(asked[place][2]) for place in places}) > 1]
-    return sorted(place for places in mixed for place in places)
+        ends = context[0] if context else None, tail[-2] if len(tail) > 1 else context[-1] if context else None
+        rough.setdefault((len(context) + len(tail), *ends), []).append(place)
+    found = []
+    for places in rough.values():
+        if len(places) > 1 and len({len(asked[place][2]) for place in places}) > 1:
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for place in places:
+                groups.setdefault(tuple(asked[place][1] + asked[place][2][:-1]), []).append(place)
+            found += [same for same in groups.values() if len({len(asked[place][2]) for place in same}) > 1]
+    return sorted(place for same in found for place in same)
 
 
 def _windows(lm: Any, requests: Sequence[Any]) -> tuple[list[tuple[list[int], list[int]]], Labels]:
