@@ -591,7 +591,7 @@ def test_a_script_run_twice_hits_and_the_model_stays_asleep(tmp_path):
 
 
 def test_what_wakes_as_another_model_is_asked_again(tmp_path):
-    folder = save(tmp_path / "model")
+    folder, other = save(tmp_path / "model"), save(tmp_path / "other", seed=5)
     from transformers import AutoModelForCausalLM
 
     def compute(requests):
@@ -603,7 +603,7 @@ def test_what_wakes_as_another_model_is_asked_again(tmp_path):
         sleeping = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert lazy.is_asleep(sleeping)
         assert evalcache.run(["a"], model=sleeping, compute=compute) == ["said"] and lazy.is_asleep(sleeping)
-        build("llama", 5).save_pretrained(folder)  # while it sleeps
+        shutil.copytree(other, folder, dirs_exist_ok=True)  # while it sleeps, as somebody else would, unseen
         hits = session.cache.counts.hits
         assert evalcache.run(["a", "b"], model=sleeping, compute=compute) == ["said", "said"]
         assert session.cache.counts.hits == hits  # of the promised model: not of this one
