@@ -166,13 +166,18 @@ def _texts(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return cells
 
 
+def unpriced(report: Report) -> list[str]:
+    """Why not all money is known: a line for each device without a price."""
+    return [
+        f"no price for {device}: its money is not known; --price '{device}=AMOUNT CURRENCY' names one"
+        if device != UNKNOWN_DEVICE
+        else f"{device}: its money is not known; nobody told where those seconds were measured"
+        for device in report.missing_prices
+    ]
+
+
 def _notes(report: Report, meanings: bool = True) -> list[str]:
-    notes = []
-    for device in report.missing_prices:
-        known = device != UNKNOWN_DEVICE
-        how = f"--price '{device}=AMOUNT CURRENCY' names one" if known else "nobody told where those seconds were measured"
-        what = f"no price for {device}" if known else device
-        notes.append(f"{what}: its money is not known; {how}")
+    notes = unpriced(report)
     if not report.missing_prices and report.currency is None and report.prices:
         notes.append("prices are in several currencies, which have no sum")
     for device in sorted(set(report.missing_watts) - set(report.missing_prices)):

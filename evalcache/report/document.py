@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from evalcache.audittext import unpriced
 from evalcache.errors import ReportError
 from evalcache.figures import FIGURES
 from evalcache.ledger import Ledger
@@ -57,6 +58,7 @@ def page(
             report=report,
             total=report.total.figures,
             figures=FIGURES,
+            unpriced=unpriced(report),
             over_time=sections.over_time(gathered),
             by_task=sections.by_task(gathered),
             by_model=sections.by_model(gathered),

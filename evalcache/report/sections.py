@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evalcache.figures import Report, Row
+from evalcache.audittext import unpriced
+from evalcache.figures import Row
 from evalcache.report import charts
 from evalcache.report.gather import Family, Gathered
 from evalcache.report.svg import draw
@@ -135,7 +136,7 @@ def by_model(gathered: Gathered) -> Figure:
     shown = report.rows[:MOST_ROWS]
     names = _apart(names, report.rows)[:MOST_ROWS]
     table = figures_table("By model, the most expensive first", "model", names, shown, currency, left_out)
-    return Figure(name, "audit_requests", check, *drawn, tables=[table], notes=_drawn(rows, "models") + _prices(report))
+    return Figure(name, "audit_requests", check, *drawn, tables=[table], notes=_drawn(rows, "models") + unpriced(report))
 
 
 def misses(gathered: Gathered) -> Figure:
@@ -284,13 +285,6 @@ def _apart(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
 def _drawn(rows: Sequence[Any], what: str) -> list[str]:
     most = f"The chart shows the {MOST_BARS} most expensive of {len(rows):,} {what}."
     return [most] if len(rows) > MOST_BARS else []
-
-
-def _prices(report: Report) -> list[str]:
-    return [
-        f"There is no price for {one_line(device)}: its money is not known (--price names one)."
-        for device in report.missing_prices
-    ]
 
 
 def _buckets(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
