@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from evalcache.cli_exchange import conflicts, export, import_
 from evalcache.cli_options import Place, asks_a_cache, asks_for_prices
 from evalcache.cli_pages import report, ui
 from evalcache.cli_reports import audit, explain, explain_run
@@ -313,7 +314,7 @@ def verify(directory: str | None, as_json: bool) -> int:
     return int(not found.good)
 
 
-for _verb in (audit, explain, explain_run, report, ui):
+for _verb in (audit, conflicts, explain, explain_run, export, import_, report, ui):
     commands.add_command(_verb)
 
 

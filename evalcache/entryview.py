@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from evalcache.canonical import decode
 from evalcache.digest import Digest
 from evalcache.errors import FrameError, UnknownNameError
-from evalcache.records import unpack_logprobs, unpack_tokens
+from evalcache.records import Entry, unpack_logprobs, unpack_tokens
 from evalcache.store import Store
 
 
@@ -57,3 +59,28 @@ def describe_entry(store: Store, key: Digest) -> dict[str, Any]:
 def _fields(store: Store, digest: Digest) -> Any:
     data = store.get_object(f"fields/{digest.hex}")
     return None if data is None else decode(data)
+
+
+def describe_conflict(mine: Entry, other: Entry) -> dict[str, Any]:
+    """Two answers to one question: in what they differ, and what each says there."""
+    one, two = mine.result, other.result
+    names = [spec.name for spec in dataclasses.fields(one) if spec.name != "cost"]
+    differs = [name for name in names if getattr(one, name) != getattr(two, name)]
+    said = [
+        "; ".join(_said(name, getattr(result, name)) for name in differs if name not in ("arrays", "tokens") or differs == [name])
+        for result in (one, two)
+    ]
+    return {
+        "key": str(mine.key),
+        "differs": ", ".join(differs),
+        "here": said[0],
+        "there": said[1],
+        "run_here": mine.run,
+        "run_there": other.run,
+    }
+
+
+def _said(name: str, value: Any) -> str:
+    if name in ("tokens", "logprobs"):
+        return str((unpack_tokens if name == "tokens" else unpack_logprobs)(value).tolist())
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)

@@ -100,6 +100,10 @@ class PlanError(EvalCacheError):
     """No plan can be made of a command: its requests are not known before it runs."""
 
 
+class ExchangeError(EvalCacheError):
+    """A file of entries cannot be written, or is not one. Fields: ``path``."""
+
+
 class ReportError(EvalCacheError):
     """The page of a report cannot be made: what draws it is not installed."""
 

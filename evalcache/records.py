@@ -228,6 +228,23 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of entries from elsewhere: taken, ``known`` here already, or here with another answer (``conflicts``)."""
+
+    new: int = 0
+    known: int = 0
+    conflicts: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.new + self.known + self.conflicts
+
+    def __add__(self, other: Taken) -> Taken:
+        return Taken(self.new + other.new, self.known + other.known, self.conflicts + other.conflicts)
+
+
+@dataclass(frozen=True, slots=True)
 class Miss:
     """The request has to be computed. ``reason``: ``absent``, ``corrupt``, ``refresh``, or ``batch`` (a neighbour missed)."""
 

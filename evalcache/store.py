@@ -4,6 +4,7 @@
 |---|---|
 | 16 bytes | an entry's frame (`frame.py`) |
 | ``object/<name>`` | shared bytes: ``fields/<hex>`` (settings, environments), ``model/<root hex>`` (manifests), sealed |
+| ``object/conflict/…`` | the frame of an entry from elsewhere with another answer than the one here, sealed |
 | ``journal/<20 digits>`` | one event for the ledger (`journal.py`), sealed; numbers only rise, also after rows were forgotten |
 | ``store/state`` | the store's id and the last journal number given out, sealed |
 | ``worker/…``, ``lease/…`` | who computes what at the moment (`leases.py`), sealed |
@@ -12,6 +13,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import uuid
 import warnings
@@ -22,15 +25,16 @@ from typing import Any
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.collector import paused_for
-from evalcache.digest import SIZE_BYTES, Digest
+from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
 from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
 from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
-from evalcache.records import Action, Entry, Result
+from evalcache.records import Action, Entry, Result, Taken
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
 
 _STATE = "store/state"
+_CONFLICT = "conflict/"  # among the objects
 _OBJECTS = ("object/", "object0")  # "0" follows "/": the first text after every row of the kind
 _JOURNAL = ("journal/", "journal0")
 _ASIDE = ("aside/", "aside0")
@@ -170,16 +174,65 @@ class Store:
         if not (encoded or shared):
             return
         with self._rows.transaction("writing"):
-            self._rows.put(frames)
-            for name, data in shared.items():
-                row = f"{_OBJECTS[0]}{name}"
-                self._rows.add(row, seal(row, data))
-            if encoded:
-                store_id, last = self._state()
-                rows = [(_journal_row(last + place), data) for place, data in enumerate(encoded, 1)]
-                self._rows.put((row, seal(row, data)) for row, data in rows)
-                self._set_state(store_id, last + len(rows))
+            self._put(frames, shared, encoded)
             self.leases.release(key for key, *_ in entries)
+
+    def _put(self, frames: Sequence[tuple[bytes, bytes]], shared: Mapping[str, bytes], events: Sequence[bytes]) -> None:
+        """Write all of it. Within a transaction."""
+        self._rows.put(frames)
+        for name, data in shared.items():
+            row = f"{_OBJECTS[0]}{name}"
+            self._rows.add(row, seal(row, data))
+        if events:
+            store_id, last = self._state()
+            rows = [(_journal_row(last + place), data) for place, data in enumerate(events, 1)]
+            self._rows.put((row, seal(row, data)) for row, data in rows)
+            self._set_state(store_id, last + len(rows))
+
+    # Entries from elsewhere
+
+    def take_in(self, frames: Sequence[tuple[Digest, bytes]], objects: Mapping[str, bytes]) -> Taken:
+        """Write entries of another store in one transaction: good frames, and what they name.
+
+        One that is here already stays as it is. One with another *answer* than the one here is kept beside it, see `conflicts`.
+
+        Raises:
+            StoreError: the folder cannot be written; nothing was.
+        """
+        with self._rows.transaction("importing"):
+            here = self.get_many([key for key, _ in frames])
+            new = [(key.value, frame) for key, frame in frames if not isinstance(here.get(key), Entry)]
+            shared, others = dict(objects), 0
+            for key, frame in frames:
+                mine = here.get(key)
+                if isinstance(mine, Entry) and not _is_same(mine.result, decode_entry(key, frame).result):
+                    shared[f"{_CONFLICT}{key.hex}/{digest_bytes(frame).hex}"] = frame
+                    others += 1
+            told = [Stored("", tuple(value for value, _ in new))] if new else []
+            self._put(new, shared, [encode_event(event) for event in told])
+        return Taken(len(new), len(frames) - len(new) - others, others)
+
+    def objects(self) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of every good shared object that entries name."""
+        for name, data in self._objects():
+            if not name.startswith(_CONFLICT):
+                yield name, data
+
+    def conflicts(self) -> Iterator[tuple[Entry, Entry]]:
+        """Entries of which other stores had another answer: the one that is served, and each other one."""
+        for name, data in self._objects(_CONFLICT):
+            key = Digest(bytes.fromhex(name.split("/")[1]))
+            mine = self.get(key)
+            if isinstance(mine, Entry):
+                yield mine, decode_entry(key, data)
+
+    def _objects(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+        after, before = f"{_OBJECTS[0]}{prefix}", f"{_OBJECTS[0]}{prefix[:-1]}0" if prefix else _OBJECTS[1]
+        while rows := self._rows.scan(after, before, _SCAN_ROWS):
+            for row, value in rows:
+                with contextlib.suppress(FrameError):
+                    yield row.removeprefix(_OBJECTS[0]), unseal(row, value)
+            after = rows[-1][0]
 
     def _encode(self, key: Digest, action: Action, result: Result, run: str, created_at: float) -> bytes:
         try:
@@ -316,6 +369,11 @@ class Store:
 
     def _set_state(self, store_id: str, last: int) -> None:
         self._rows.put([(_STATE, seal(_STATE, encode_canonical([store_id, last])))])
+
+
+def _is_same(one: Result, other: Result) -> bool:
+    """Whether two results are one answer, whatever it cost."""
+    return dataclasses.replace(one, cost=None) == dataclasses.replace(other, cost=None)
 
 
 def _unreadable(key: Digest, why: str) -> FrameError:

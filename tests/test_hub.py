@@ -105,7 +105,7 @@ def _saved(folder: Path, sign: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cls", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize("cls", [pytest.param("AutoModelForCausalLM", marks=pytest.mark.campaign), "LlamaForCausalLM"])
 def test_a_branch_that_moved_is_another_model(hub: Hub, tmp_path: Path, cls: str) -> None:
     def ask(store: str) -> list[Any]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("EVALCACHE", "HF_"))}

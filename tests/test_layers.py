@@ -50,7 +50,7 @@ LEVELS = {
     "checkpoint": 3,
     "identity": 3.5,  # a checkpoint with its configs and code
     "environment": 3,
-    "key": 3,
+    "key": 3.2,
     "counts": 2,
     "measuring": 2,  # what computing takes of devices
     "provenance": 3.5,
@@ -81,6 +81,7 @@ LEVELS = {
     "names": 5,  # what a person types → the model or key that is meant
     "verification": 5,
     "entryview": 5,
+    "exchange": 5,  # entries as one file
     "planning": 5.5,  # a cache that only looks up
     "budget": 5.5,  # a cache whose run ends when its budget is spent
     "estimates": 5,  # what requests should take
@@ -100,6 +101,7 @@ LEVELS = {
     "ui": 7.5,  # its report, served on this machine
     "cli_options": 7.8,  # what verbs have in common
     "cli_reports": 7.9,  # verbs about what was saved
+    "cli_exchange": 7.9,  # verbs that carry entries
     "cli_pages": 7.9,  # verbs that make a page of it
     "cli": 8,
     "__main__": 9,
@@ -109,9 +111,9 @@ LEVELS = {
 # Third-party package → the modules that import it: one door each.
 DOORS = {
     "cbor2": {"canonical"},
-    "click": {"cli", "cli_options", "cli_pages", "cli_reports"},
+    "click": {"cli", "cli_exchange", "cli_options", "cli_pages", "cli_reports"},
     "diskcache": {"rows"},
-    "duckdb": {"ledger"},
+    "duckdb": {"exchange", "ledger"},
     "jinja2": {"report"},
     "pynvml": {"measuring"},
     "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "walk", "weights", "wrappers"},

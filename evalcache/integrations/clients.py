@@ -8,8 +8,11 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,14 @@ class Client:
 
     def faults(self) -> list[str]:
         """The seams that are not where they were, as a person would say it; empty where all is well or it is not installed."""
-        folder = self.folder()
-        return [] if folder is None else [fault for file, seams in self.seams.items() for fault in _faults(folder / file, seams)]
+        unsure = {file: seams for file, seams in self.seams.items() if not self._holds(file, seams)}
+        folder = self.folder() if unsure else None
+        return [] if folder is None else [fault for file, seams in unsure.items() for fault in _faults(folder / file, seams)]
+
+    def _holds(self, file: str, seams: dict[str, str]) -> bool:
+        """Whether the seams of a file stand in its module, if that is imported: parsing the file takes far longer."""
+        module = sys.modules.get(f"{self.name}.{file.removesuffix('.py').replace('/', '.')}")
+        return module is not None and all(_arguments(module, name) == arguments for name, arguments in seams.items())
 
 
 LM_EVAL = Client(
@@ -129,6 +138,22 @@ def version_of_client(client: Client) -> str:
         return importlib.metadata.version(client.distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _arguments(owner: Any, name: str) -> str | None:
+    """Names of the arguments of a function below ``owner``, in order; None where there is no plain one."""
+    for part in name.split("."):
+        owner = vars(owner).get(part)
+        if not hasattr(owner, "__dict__"):
+            return None
+    code = getattr(inspect.unwrap(getattr(owner, "__func__", owner)), "__code__", None)
+    if code is None:
+        return None
+    names, plain = code.co_varnames, code.co_argcount
+    known = plain + code.co_kwonlyargcount
+    star, stars = bool(code.co_flags & inspect.CO_VARARGS), bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    rest = names[known : known + star + stars]
+    return " ".join((*names[:plain], *rest[:star], *names[plain:known], *rest[star:]))
 
 
 def _faults(file: Path, seams: dict[str, str]) -> list[str]:
