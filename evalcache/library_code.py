@@ -64,6 +64,7 @@ _NOT_IN_A_FORWARD = {
 }
 
 _code, _defaults, _keywords = (operator.attrgetter(name) for name in _FUNCTION)
+_contents = operator.attrgetter("cell_contents")
 
 
 class LibraryCode:
@@ -90,7 +91,9 @@ class LibraryCode:
         self._all_defaults: list[Any] = []
         self._keyword_functions: list[types.FunctionType] = []
         self._all_keywords: list[Any] = []
-        self._cells: list[tuple[types.CellType, Any]] = []
+        self._cells: list[types.CellType] = []
+        self._contents_of_cells: list[Any] = []
+        self._empty_cells: list[types.CellType] = []
         self.interfaces: dict[str, Any] = {}
 
     # --- guarding ------------------------------------------------------------------------------------------------------
@@ -108,12 +111,19 @@ class LibraryCode:
             and all_are(map(_code, self._functions.values()), self._codes)
             and all_are(map(_defaults, self._functions.values()), self._all_defaults)
             and all_are(map(_keywords, self._keyword_functions), self._all_keywords)
-            and all(cell_value(cell) is value for cell, value in self._cells)
+            and self._has_same_cells()
             and all(is_same_content(*known) for known in self._mutable)
         )
         if not same:
             self._forget()
         return same
+
+    def _has_same_cells(self) -> bool:
+        try:
+            same = all_are(map(_contents, self._cells), self._contents_of_cells)
+            return same and all(cell_value(cell) is None for cell in self._empty_cells)
+        except ValueError:  # one was emptied
+            return False
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -307,7 +317,11 @@ class LibraryCode:
         cells = []
         for cell in function.__closure__ or ():
             inside = cell_value(cell)
-            self._cells.append((cell, inside))
+            if inside is None:
+                self._empty_cells.append(cell)
+            else:
+                self._cells.append(cell)
+                self._contents_of_cells.append(inside)
             cells.append(self._cell(inside, where))
         keywords = [[name, self._cell(value, where)] for name, value in sorted((function.__kwdefaults__ or {}).items())]
         defaults = [self._cell(value, where) for value in function.__defaults__ or ()]
