@@ -721,7 +721,7 @@ QUANTISERS = {
 }
 
 
-@pytest.mark.parametrize("name", some(QUANTISERS, fast=[0, 1])  # the other one is compiled when it is first used)
+@pytest.mark.parametrize("name", some(QUANTISERS, fast=[0, 1]))  # the other one is compiled when it is first used
 def test_quantised_models_sleep(base, run, name, monkeypatch):
     monkeypatch.setattr("evalcache.filememo.SETTLED_NS", 0)
     settings = QUANTISERS[name]()
