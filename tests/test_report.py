@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,10 @@ from evalcache.digest import digest_bytes
 from evalcache.figures import FIGURES
 from evalcache.journal import LookedUp
 from evalcache.ledger import Ledger
-from evalcache.report import page
+from evalcache.report import charts, page
 from evalcache.report.compare import MOST_LETTERS, compare
 from evalcache.report.gather import MOST_MODELS, gather
+from evalcache.report.svg import draw
 
 pytest_plugins = ["browser"]
 
@@ -97,6 +99,13 @@ class TestNumbers:
         assert "1 of 5 requests that both answered have the same answer" in shown.inner_text("main")
         [step] = cells(shown, "Checkpoints of")
         assert (step[2], step[4:]) == ("1 of 3", ["1", "8 of 24 B", "layers.1"])
+
+    def test_small_sums_keep_their_digits_in_a_chart(self) -> None:
+        rows = [{"name": "tiny", "spent": 0.00426, "reused": 0.00125, "told": "0.00426 EUR spent, 1.23456789 s"}]
+        drawn = draw(charts.spending(rows, "EUR"), "Chart")
+        assert "0.00426 EUR spent, 1.23456789 s" in drawn
+        assert "0.001" in re.findall(r">([^<>]+)</text>", drawn), "a tick of the axis"
+        assert not re.search(r' d="[^"]*\.\d{3}', drawn), "places are short"
 
     def test_since_leaves_elder_runs_out(self, made: tuple[Path, Ledger]) -> None:
         found = gather(made[1], since="2023-11-16", prices=PRICES)

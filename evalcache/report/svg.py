@@ -54,8 +54,7 @@ def draw(spec: Mapping[str, Any], name: str) -> str:
     seen = {name: root.get(name, "") for name in ("viewBox", "width")}
     _tidy(root)
     root.attrib = {**seen, "role": "img", "aria-label": name}
-    text = ET.tostring(root, encoding="unicode").replace(f'font-size="{_MEASURED}px"', f'font-size="{_SHOWN}px"')
-    return _LONG.sub(r"\1", text)
+    return ET.tostring(root, encoding="unicode").replace(f'font-size="{_MEASURED}px"', f'font-size="{_SHOWN}px"')
 
 
 def _tidy(element: ET.Element) -> None:
@@ -63,7 +62,7 @@ def _tidy(element: ET.Element) -> None:
     element.tag = element.tag.rpartition("}")[2]
     told = element.attrib.pop("aria-label", None) if element.get("aria-roledescription") not in ("axis", "legend") else None
     element.attrib = {
-        name: value
+        name: _LONG.sub(r"\1", value)  # places, which need no more; what is written stays as it is
         for name, value in element.attrib.items()
         if not name.startswith(("aria-", "{")) and name not in ("role", "class", "pointer-events", "font-family")
         and (name, value) not in (("opacity", "1"), ("stroke-width", "1"))
