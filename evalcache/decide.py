@@ -1,4 +1,7 @@
-"""Pure decision: what a policy makes of what the store answered. No I/O, so that every case is a line in a test."""
+"""Decision: what a policy makes of what the store answered. Pure, so that every case is a line in a test.
+
+`policy_of` alone looks outside: the name of a policy may stand in the environment.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One stored entry as plain named values: what was asked, what was answered, what it cost, and who made it."""
+"""One stored entry as plain named values: what was asked, what was answered, what it cost, and who made it.
+
+And two entries that answer one question: in what they differ.
+"""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def _records(path: str, data: memoryview) -> dict[str, tuple[int, int]]:
     try:
         with zipfile.ZipFile(_Window(data)) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+    # RuntimeError: an encrypted record, or a kind of archive that zipfile does not read.
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a file of torch.save, or of a torch older than 1.6: {error}",
             hint=_HINT, path=path, expected="a zip archive", found=str(error),

@@ -101,3 +101,20 @@ def assert_same(bare: Any, other: Any) -> None:
             assert_same(one, another)
     else:
         assert bare == other
+
+
+def assert_not_answered_from_before(
+    case: Callable[[contextlib.ExitStack], tuple[Any, Callable[[], Any]]], ask: Callable[[Any], Any], folder: Path
+) -> None:
+    """``case`` gives a model and a change that changes its answer: asked after it, the store answers as the bare model does."""
+    with contextlib.ExitStack() as stack:
+        model, change = case(stack)
+        before = ask(model)
+        with served(folder) as here:
+            assert_same(before, here.ask(ask, model)[0])
+            change()
+            output, told = here.ask(ask, model)
+        after = ask(model)
+        assert not torch.equal(before, after), "the change changes no answer"
+        assert_same(after, output)
+        assert told.hits == 0

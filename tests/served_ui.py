@@ -116,3 +116,12 @@ def fill(folder: Path) -> Path:
     cold_and_warm(store)
     ledger.sync(store)
     return ledger.path
+
+
+@contextlib.contextmanager
+def serving_filled(folder: Path) -> Iterator[Served]:
+    """`serving` of a folder that was filled for it; whatever the tests ask, the server has no fault of its own."""
+    fill(folder)
+    with serving(folder) as server:
+        yield server
+        assert server.errors.read_text() == ""

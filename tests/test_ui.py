@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from recorded import FIRST, NOON, look, make_action, open_pair, write
-from served_ui import Served, ask_on, fill, serving
+from served_ui import Served, ask_on, fill, serving, serving_filled
 
 from evalcache.errors import LedgerError
 from evalcache.key import key_of
@@ -29,11 +29,8 @@ from evalcache.ui.server import CONNECTIONS, QUESTION_BYTES, Live
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
-    fill(folder)
-    with serving(folder) as server:
+    with serving_filled(tmp_path_factory.mktemp("served")) as server:
         yield server
-        assert server.errors.read_text() == ""
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from recorded import FIRST, NOON, look, make_action, open_pair, write
-from served_ui import Served, fill, serving
+from served_ui import Served, fill, serving, serving_filled
 
 from evalcache.key import key_of
 
@@ -22,11 +22,8 @@ pytest_plugins = ["browser"]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
-    fill(folder)
-    with serving(folder) as server:
+    with serving_filled(tmp_path_factory.mktemp("served")) as server:
         yield server
-        assert server.errors.read_text() == ""
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The eval clients that have an adapter: which versions were tested, and where each is held.
 
-A seam is a method with the arguments that it had. One that has moved is found by reading the client's source, without an import.
+A seam is a method with the arguments that it had. One that has moved is found in the module
+where that is imported, else by reading the client's source, without an import.
 """
 
 from __future__ import annotations
