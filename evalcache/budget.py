@@ -15,13 +15,13 @@ import re
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evalcache.cache import Cache
-from evalcache.errors import BUDGET_EXIT_CODE, BudgetError, EvalCacheWarning
+from evalcache.errors import BUDGET_EXIT_CODE, BudgetError
+from evalcache.faults import tell
 from evalcache.measuring import Busy, Meter
 from evalcache.prices import Prices
 
@@ -144,7 +144,7 @@ class BudgetMeter(Meter):
                     with open(self._path, "ab", buffering=0) as file:
                         file.write(f"{amount!r}{' computed' if computed else ''}\n".encode())
                 except OSError as error:
-                    warnings.warn(f"{self._path}: {error}; this process counts for itself", EvalCacheWarning, stacklevel=2)
+                    tell(f"{self._path}: {error}; this process counts for itself")
                     self._path = None
 
     def spent(self) -> float:
@@ -220,7 +220,7 @@ class BudgetCache(Cache):
 def stop(said: str, code: int = BUDGET_EXIT_CODE) -> None:
     """End this process. In a thread nobody would hear of it: there it is a warning."""
     if threading.current_thread() is not threading.main_thread():
-        warnings.warn(f"{said}; this client computes in a thread, which cannot be ended", EvalCacheWarning, stacklevel=2)
+        tell(f"{said}; this client computes in a thread, which cannot be ended")
         return
     print(f"evalcache: {said}", file=sys.stderr, flush=True)
     raise SystemExit(code)

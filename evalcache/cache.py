@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +26,12 @@ from evalcache.decide import decide_all, policy_of
 from evalcache.digest import Digest
 from evalcache.errors import (
     EvalCacheError,
-    EvalCacheWarning,
     LedgerLockedError,
     StoreError,
     UncacheableError,
 )
-from evalcache.folder import default_folder
+from evalcache.faults import tell, tell_of_folder
+from evalcache.folder import default_folder, make_folder
 from evalcache.journal import Event, LookedUp, Measured, ModelLoaded, ModelSeen, RunEnded
 from evalcache.key import keys_of
 from evalcache.leases import Leases, is_one_of_several_ranks
@@ -93,8 +92,7 @@ class Cache:
         self.clients: dict[str, str] = {}
         """Eval clients that are held on to in this process, with their versions."""
         self._client = ""  # the one of them that asked first
-        # Everything in here is somebody's prompts and answers: nobody else's to read.
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.directory)
         self.store = Store(self.directory / "store")
         self.ledger_path = self.directory / "ledger.duckdb"
         self._lock = threading.RLock()
@@ -113,6 +111,11 @@ class Cache:
     def untouched(self) -> bool:
         """Whether no model has been met yet: nothing was asked, loaded or written."""
         return self._outbox.empty and self._checking.empty
+
+    @property
+    def store_is_broken(self) -> bool:
+        """Whether the store did not answer the last time that it was asked."""
+        return self._outbox.broken
 
     # --- one call ------------------------------------------------------------------------------------------------------
 
@@ -251,7 +254,7 @@ class Cache:
             if text in self._warned:
                 return
             self._warned.add(text)
-        warnings.warn(text, EvalCacheWarning, stacklevel=2)
+        tell(text)
 
     def loaded(self, root: Digest, seconds: float) -> None:
         """Note that weights were loaded, and how long it took."""
@@ -285,13 +288,13 @@ class Cache:
         if self._outbox.started:
             self._tell_used()
             self._outbox.tell(RunEnded(self.run_id, time.time(), status, exit_code))
-            self._outbox.commit()
+            self._outbox.commit(last=True)
             self.sync()
         self.store.close()
 
     def sync(self) -> None:
         """Bring the ledger up to date. A ledger that somebody else holds delays this and nothing else."""
-        if self.policy is Policy.READ_ONLY:
+        if self.policy is Policy.READ_ONLY or self.store_is_broken:
             return
         began = time.perf_counter()
         if not self._closed:
@@ -302,7 +305,7 @@ class Cache:
         except LedgerLockedError:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:
-            warnings.warn(f"the ledger was not brought up to date: {error}", EvalCacheWarning, stacklevel=2)
+            tell_of_folder(self.directory, f"the ledger was not brought up to date; what is new waits in the store: {error}")
         self._sync_seconds = time.perf_counter() - began
         self._synced_at = time.monotonic()
 

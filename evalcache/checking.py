@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from evalcache.counts import Counts
 from evalcache.digest import Digest
 from evalcache.errors import FingerprintError
+from evalcache.frame import size_bytes_of
 from evalcache.manifest import Manifest
 from evalcache.outbox import Outbox
-from evalcache.records import Result
 from evalcache.serving import Made
 from evalcache.watch import Batch, Watch
 
@@ -74,7 +74,7 @@ class Checking:
 
     def wait(self, watch: Watch, root: Digest, entries: Sequence[Made], now: bool) -> None:
         """Let what was computed by the model ``root`` wait for the next check, or check ``now``."""
-        storable = [entry for entry in entries if _size_bytes(entry[2]) <= RESULT_LIMIT_BYTES]
+        storable = [entry for entry in entries if size_bytes_of(entry[2]) <= RESULT_LIMIT_BYTES]
         self._not_stored("too_large", len(entries) - len(storable))
         if not storable:
             return
@@ -136,7 +136,3 @@ class Checking:
             self._counts.not_stored += number
             self._counts.misses -= number
             self._counts.uncacheable[reason] += number
-
-
-def _size_bytes(result: Result) -> int:
-    return len(result.tokens) + len(result.logprobs) + sum(len(array.data) for array in result.arrays.values())

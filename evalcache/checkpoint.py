@@ -10,7 +10,6 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +250,9 @@ def _digests(tensors: Sequence[StoredTensor], data: memoryview) -> Iterable[Dige
     if sum(tensor.size_bytes for tensor in tensors) < _PARALLEL_FROM_BYTES:
         yield from map(digest, tensors)
         return
+    # Here: it cannot be imported while Python shuts down, when the end of a run asks after names.
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(digest, tensors)
 

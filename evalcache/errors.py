@@ -66,6 +66,10 @@ class StoreError(EvalCacheError):
     """The store folder cannot be used. Fields: ``path``."""
 
 
+class StoreGoneError(StoreError):
+    """The store's files were deleted or replaced while they were in use. Fields: ``path``."""
+
+
 class LedgerError(EvalCacheError):
     """The ledger cannot be used, or a query is wrong. Fields: ``path``."""
 

@@ -101,7 +101,7 @@ def encode_frame(key: Digest, action: Action, result: Result, run: str, created_
         CanonicalError: a field of the action or the result has no canonical encoding.
         FrameError: a segment is larger than `SEGMENT_LIMIT_BYTES`.
     """
-    size_bytes = len(result.tokens) + len(result.logprobs) + sum(len(array.data) for array in result.arrays.values())
+    size_bytes = size_bytes_of(result)
     if size_bytes > SEGMENT_LIMIT_BYTES:  # before encoding, which would copy it all
         raise _fault(key, "the result is larger than one entry may be", SEGMENT_LIMIT_BYTES, size_bytes)
     cost = result.cost
@@ -134,6 +134,11 @@ def encode_frame(key: Digest, action: Action, result: Result, run: str, created_
     header = _HEADER.pack(MAGIC, FRAME_VERSION, key.value, len(packed_answer), len(answer), len(packed_question), len(question))
     body = b"".join((header, packed_answer, packed_question))
     return body + checksum(body)
+
+
+def size_bytes_of(result: Result) -> int:
+    """How large a result is, apart from its text and scalars."""
+    return len(result.tokens) + len(result.logprobs) + sum(len(array.data) for array in result.arrays.values())
 
 
 def decode_entry(key: Digest, frame: bytes) -> Entry:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from evalcache.canonical import decode, digest_canonical, encode_canonical
 from evalcache.checkpoint import ADAPTER_FILES, Progress, find_weights, fingerprint_checkpoint, read_json
 from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CanonicalError, CheckpointError, CorruptEntryWarning
+from evalcache.faults import tell
 from evalcache.filememo import FileMemo
 from evalcache.folder import default_folder
 from evalcache.manifest import Manifest
@@ -290,6 +290,6 @@ class CheckpointIndex:
         except CanonicalError as error:
             record = error
         if type(record) is not dict:
-            warnings.warn(f"{self._table.path}: a record is no map and is made again", CorruptEntryWarning, stacklevel=2)
+            tell(f"{self._table.path}: a record is no map and is made again", CorruptEntryWarning, stacklevel=2)
             return None
         return record

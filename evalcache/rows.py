@@ -13,7 +13,6 @@ import os
 import sqlite3
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any
 import diskcache
 from diskcache.core import MODE_RAW
 
-from evalcache.errors import CorruptEntryWarning, StoreError
+from evalcache.errors import CorruptEntryWarning, StoreError, StoreGoneError
+from evalcache.faults import tell
 
 ROW_LIMIT_BYTES = 512 << 20
 """Largest row that is written; SQLite itself refuses rows of 1 GB."""
@@ -102,14 +102,30 @@ class Rows:
         self.timeout_s = timeout_s
         self._writing = threading.RLock()
         self._fork_held = False
+        self._file = self.directory.absolute() / "cache.db"
+        self._cache = self._open()
+        self._opened = _identity(self._file)
+        _open_rows.add(self)
+
+    def _open(self) -> diskcache.Cache:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _make_database(self.directory / "cache.db")
+            _make_database(self._file)
             # Absolute, because diskcache opens connections later, when the working directory may be another.
-            self._cache = diskcache.Cache(str(self.directory.absolute()), timeout=timeout_s, disk=BytesDisk, **_SETTINGS)
+            return diskcache.Cache(str(self._file.parent), timeout=self.timeout_s, disk=BytesDisk, **_SETTINGS)
         except (OSError, sqlite3.Error, diskcache.Timeout, TypeError, ValueError, AssertionError) as error:
             raise self.unusable("cannot be opened", error) from error
-        _open_rows.add(self)
+
+    def reopen(self) -> None:
+        """Open the folder once more, after it has failed; it is made where it is gone.
+
+        Raises:
+            StoreError: the folder cannot be used.
+        """
+        with self._writing:
+            self._cache.close()
+            self._cache = self._open()
+            self._opened = _identity(self._file)
 
     def close(self) -> None:
         """Let go of this thread's connection; other threads' go with them. A later call opens it again."""
@@ -203,8 +219,13 @@ class Rows:
 
         Raises:
             StoreError: the folder cannot be written, or another process held it for longer than ``timeout_s``.
+            StoreGoneError: the database was deleted, or another took its place; nobody would ever see what is written.
         """
         with self._writing:
+            found = _identity(self._file)
+            if found is None or found != self._opened:
+                gone = "was deleted or replaced while it was in use"
+                raise StoreGoneError(f"store {self.directory} {gone}", path=str(self.directory))
             try:
                 with self._cache.transact():
                     yield
@@ -262,7 +283,7 @@ class Rows:
                     self._cache._sql("UPDATE Cache SET key = ? WHERE raw = 1 AND key = ? AND value IS ?", (name, key, value))
         except StoreError as error:
             why = f"{why} (left where they were: {error})"
-        warnings.warn(f"{self.directory}: {len(rows)} bad rows are recomputed: {why}", CorruptEntryWarning, stacklevel=3)
+        tell(f"{self.directory}: {len(rows)} bad rows are recomputed: {why}", CorruptEntryWarning, stacklevel=3)
 
     def check(self) -> list[str]:
         """What SQLite's and diskcache's own integrity checks find. Other processes cannot write meanwhile."""
@@ -282,6 +303,15 @@ class Rows:
     def unusable(self, what: str, error: object, hint: str = "check its rights and space, or set EVALCACHE_DIR") -> StoreError:
         """The error to raise when this folder does not do what it should."""
         return StoreError(f"store {self.directory} {what}: {error}", hint=hint, path=str(self.directory))
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file it is; None where there is none."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _make_database(path: Path) -> None:

@@ -217,7 +217,8 @@ class Session:
         if not calls_seen(counts):
             return
         # A run that may not write is not in the ledger, which explains misses.
-        why = _explain(cache) if counts.misses and not counts.hits and cache.policy.writes else []
+        tells = cache.policy.writes and not cache.store_is_broken
+        why = _explain(cache) if counts.misses and not counts.hits and tells else []
         ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
         _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks))
 

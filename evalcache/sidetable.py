@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from evalcache.digest import SIZE_BYTES, checksum
-from evalcache.errors import CorruptEntryWarning, EvalCacheWarning
+from evalcache.errors import CorruptEntryWarning
+from evalcache.faults import tell, tell_of_folder
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 
@@ -48,7 +48,7 @@ class SideTable:
         sealed = row[0]
         # The key is under the checksum too: a flipped bit in a row's key must not return it for another one.
         if type(sealed) is not bytes or sealed[:SIZE_BYTES] != checksum(key + sealed[SIZE_BYTES:]):
-            warnings.warn(f"{self.path}: a row fails its checksum and is made again", CorruptEntryWarning, stacklevel=3)
+            tell(f"{self.path}: a row fails its checksum and is made again", CorruptEntryWarning, stacklevel=3)
             return None
         return sealed[SIZE_BYTES:]
 
@@ -80,9 +80,9 @@ class SideTable:
     def _failed(self, what: str, error: Exception) -> None:
         # OperationalError is a matter of the moment (locked, full, read-only); any other DatabaseError is a broken file.
         if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.OperationalError):
-            warnings.warn(f"{self.path} cannot be {what}: {error}", EvalCacheWarning, stacklevel=4)
+            tell_of_folder(self.path.parent, f"{self.path} cannot be {what}: {error}", stacklevel=4)
             return
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 os.replace(f"{self.path}{suffix}", f"{self.path}.corrupt{suffix}")
-        warnings.warn(f"{self.path} cannot be {what} and was set aside: {error}", CorruptEntryWarning, stacklevel=4)
+        tell(f"{self.path} cannot be {what} and was set aside: {error}", CorruptEntryWarning, stacklevel=4)

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import os
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.collector import paused_for
 from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
 from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
+from evalcache.faults import tell
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
 from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
@@ -71,7 +71,7 @@ class Store:
         self._rows = Rows(directory, timeout_s=timeout_s)
         self.leases = Leases(self._rows)
         with self._rows.transaction("opening"):
-            self._state()
+            self._id = self._state()[0]
 
     @property
     def store_id(self) -> str:
@@ -82,6 +82,18 @@ class Store:
     def close(self) -> None:
         """Let go of this thread's connection; other threads' go with them. A later call opens it again."""
         self._rows.close()
+
+    def reopen(self) -> bool:
+        """Open the folder once more, after it has failed, and make it where it is gone. Says whether it is another store now.
+
+        Raises:
+            StoreError: the folder cannot be used.
+        """
+        known = self._id
+        self._rows.reopen()
+        with self._rows.transaction("opening"):
+            self._id = self._state()[0]
+        return self._id != known
 
     def __enter__(self) -> Store:
         return self
@@ -360,7 +372,7 @@ class Store:
                 store_id, last = decode(unseal(_STATE, sealed))
                 return store_id, last
         except (FrameError, CanonicalError, StoreError, ValueError, TypeError) as error:
-            warnings.warn(f"{self.directory}: the store gets a new id: {error}", CorruptEntryWarning, stacklevel=4)
+            tell(f"{self.directory}: the store gets a new id: {error}", CorruptEntryWarning, stacklevel=4)
         rows = self._rows.query("SELECT MAX(key) FROM Cache WHERE raw = 1 AND key > ? AND key < ?", _JOURNAL)
         last = int(rows[0][0].removeprefix(_JOURNAL[0])) if rows[0][0] else 0
         store_id = uuid.uuid4().hex

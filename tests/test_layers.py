@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "evalcache"
 LEVELS = {
     "errors": 0,
     "digest": 1,
+    "faults": 1,  # warnings, each said once
     "folder": 1,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
