@@ -18,9 +18,11 @@ checksums, each frame, *that its key is the key of what it says it answers*, and
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 import zipfile
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import filelock
 
 from evalcache.digest import SIZE_BYTES, Digest, Hasher, digest_bytes
 from evalcache.errors import CanonicalError, ExchangeError, FrameError
@@ -47,6 +50,8 @@ _MANIFEST = "manifest.json"
 _TABLES = {"entries": ("key", "frame"), "objects": ("name", "data")}
 _MANIFEST_BYTES = 1 << 16
 _ROWS = 500  # in memory at once
+_LOCK = "export.lock"  # held by the process that writes
+_ABANDONED_S = 60.0
 _OBJECT = re.compile(r"(fields|model)/[0-9a-f]{32}")
 
 
@@ -86,8 +91,7 @@ def export_entries(store: Store, path: Path, *, progress: Callable[[int, int], N
                 yield key.value, frame
 
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            folder = Path(scratch)
+        with _scratch(path) as folder:
             rows = {"entries": _write(folder, "entries", entries()), "objects": _write(folder, "objects", store.objects())}
             members = {f"{name}.parquet": _member(folder / f"{name}.parquet", count) for name, count in rows.items()}
             told = {"format": FORMAT, "version": VERSION, "made_at": time.time(), "members": members}
@@ -132,6 +136,20 @@ def import_entries(store: Store, path: Path, *, progress: Callable[[int, int], N
                 objects = {}  # with the first of them
                 progress(counts["entries"] + taken.total, 2 * counts["entries"])
             return taken
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` for as long as this lasts. Takes those away that exports to it left which were killed."""
+    for lock in path.parent.glob(f".{glob.escape(path.name)}.*/{_LOCK}"):
+        with contextlib.suppress(OSError, filelock.Timeout):
+            # One that has just been made may not be locked yet.
+            if time.time() - lock.stat().st_mtime > _ABANDONED_S:
+                with filelock.FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with scratch as folder, filelock.FileLock(Path(folder) / _LOCK, timeout=0):
+        yield Path(folder)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ that all of evalcache's processes queue for; somebody's notebook that holds the 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import time
 import uuid
@@ -88,9 +89,19 @@ class Ledger:
             LedgerLockedError: somebody else holds the file; the journal keeps everything.
             LedgerError: the file is no ledger, or of a newer version.
         """
+        return self._take_in(store, progress, last_of)
+
+    def _take_in(
+        self,
+        store: JournalSource,
+        progress: Callable[[int, int], None] | None,
+        last_of: str | None = None,
+        *,
+        frames: bool = False,
+    ) -> SyncReport:
         began = time.perf_counter()
         waiting = store.journal_count()
-        if not waiting and self.path.exists():
+        if not (waiting or frames) and self.path.exists():
             return SyncReport(0, 0, time.perf_counter() - began, 0)
         store_id = store.store_id
         with self._turn():
@@ -105,8 +116,8 @@ class Ledger:
                         last = events[-1][0]
                         if progress:
                             progress(intake.events, max(waiting, intake.events))
-                    if fresh:
-                        intake.take_frames(store)
+                    if fresh or frames:  # after the journal, which would tell them a second time
+                        intake.take_frames(store, progress if frames else None)
                     intake.finish()
                     if last > known:
                         if last_of:
@@ -137,15 +148,7 @@ class Ledger:
 
         Cost: a pass over the store. Raises: as `sync`.
         """
-        began = time.perf_counter()
-        with self._turn():
-            self._make()
-            with self._attached() as connection:
-                intake = Intake(connection, store)
-                with _transaction(connection):
-                    intake.take_frames(store, progress)
-                    intake.finish()
-        return SyncReport(0, intake.entries, time.perf_counter() - began, intake.skipped)
+        return self._take_in(store, progress, frames=True)
 
     def query(self, sql: str, params: Sequence[Any] = (), *, unsafe: bool = False) -> Table:
         """The rows of one query; see `reading`."""
@@ -246,6 +249,9 @@ class Ledger:
         """Make the file where there is none; returns whether it was."""
         if self.path.exists():
             return False
+        # What is left of processes that were killed in here: it is our turn, so nobody else is making one.
+        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
+            left.unlink(missing_ok=True)
         # Made elsewhere and moved: nobody ever sees half a schema, nor the file before it has its mode.
         made = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         try:

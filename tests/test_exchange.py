@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import duckdb
+import filelock
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -327,6 +329,20 @@ def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(ExchangeError, match="cannot be written"):
         export_entries(here, tmp_path / "taken")
+
+
+def test_what_a_killed_export_left_is_cleared_away_by_the_next_one(tmp_path):
+    here = filled(tmp_path / "here")
+    left, alive, theirs = (tmp_path / f".x.evalcache.{name}" for name in ("left", "alive", "theirs"))
+    for folder in (left, alive):
+        folder.mkdir()
+        (folder / "export.lock").touch()
+        os.utime(folder / "export.lock", (0, 0))
+        (folder / "entries.duckdb").write_bytes(b"half a table")
+    theirs.mkdir()
+    with filelock.FileLock(alive / "export.lock"):
+        export_entries(here, tmp_path / "x.evalcache")
+    assert [folder.exists() for folder in (left, alive, theirs)] == [False, True, True]
 
 
 def test_the_verbs(tmp_path, store_folder):

@@ -286,6 +286,15 @@ class TestRebuild:
         assert ledger.rebuild(store).entries == 1
         assert dump(ledger)["outputs"] == before["outputs"]
 
+    def test_what_waits_is_told_once(self, pair: tuple[Store, Ledger]) -> None:
+        store, ledger = pair
+        cold_and_warm(store)
+        ledger.sync(store)
+        ask_all(store, THIRD, NOON + 200, [(make_action(TUNED), full_result())], TUNED)
+        assert (ledger.rebuild(store).entries, store.journal_count()) == (1, 0)
+        ledger.sync(store)
+        assert ledger.query("SELECT count(*), count(DISTINCT key) FROM outputs").rows == [(4, 4)]
+
     def test_a_sync_notices_that_the_ledger_was_lost(self, pair: tuple[Store, Ledger]) -> None:
         store, ledger = pair
         cold_and_warm(store)
@@ -305,6 +314,14 @@ class TestFile:
         assert version["storage_version"] == "v1.5.0+"
         kept = {path.name for path in ledger.path.parent.iterdir()}
         assert kept == {"store", "ledger.duckdb", "ledger.duckdb.lock"}
+
+    def test_what_a_killed_process_left_while_it_made_one_is_cleared_away(self, pair: tuple[Store, Ledger]) -> None:
+        store, ledger = pair
+        left = ledger.path.with_name(f".{ledger.path.name}.{FIRST}")
+        left.write_bytes(b"half a ledger")
+        cold_and_warm(store)
+        ledger.sync(store)
+        assert not left.exists()
 
     def test_of_a_newer_schema_is_refused(self, pair: tuple[Store, Ledger]) -> None:
         store, ledger = pair
