@@ -19,7 +19,7 @@ from evalcache.canonical import decode
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, FrameError
 from evalcache.frame import Question, decode_entry, decode_question
-from evalcache.journal import Event, ModelSeen, Stored
+from evalcache.journal import Event, ModelSeen, Removed, Stored
 from evalcache.manifest import Manifest
 from evalcache.records import Entry
 from evalcache.schema import literal, quoted
@@ -86,6 +86,9 @@ class Intake:
         self._json: dict[Digest, str | None] = {}
         self._dtypes: dict[Digest, str | None] = {}
         self._told: dict[tuple[str, str, str], set[Row]] = {}
+        self._any_removed = bool(connection.execute("SELECT 1 FROM removals LIMIT 1").fetchall())
+        self._stored: dict[str, Row] = {}  # keys that may be back, as rows of ``removals``
+        self._place = -1
         self._fields = self._known("SELECT digest FROM fields")
         self._models = self._known("SELECT digest FROM models")
 
@@ -97,7 +100,14 @@ class Intake:
     def take(self, store_id: str, seq: int, event: Event) -> None:
         """One event of the journal."""
         self.events += 1
+        if isinstance(event, Removed):
+            self._any_removed = True
+            about = (event.why, event.run or None, event.at)
+            self._add("removals", [(store_id, seq, self._next_place(), key.hex(), *about) for key in event.keys])
+            return
         if isinstance(event, Stored):
+            if self._any_removed:
+                self._note_stored(store_id, seq, event.run, [key.hex() for key in event.keys])
             self._keys.update((Digest(value), None) for value in event.keys)
             if len(self._keys) >= _READ_KEYS:
                 self._take_keys()
@@ -118,9 +128,12 @@ class Intake:
         """
         self.finish()
         asked, answered = self._known("SELECT DISTINCT key FROM requests"), self._known("SELECT DISTINCT key FROM outputs")
+        gone = self._known("SELECT key FROM entries_gone") if self._any_removed else set()
         for number, (key, frame) in enumerate(store.frames(), 1):
             if progress:
                 progress(number, number)
+            if key.hex in gone:
+                self._note_stored(store.store_id, None, "", [key.hex])
             if key.hex in asked and key.hex in answered:
                 continue
             try:
@@ -132,6 +145,29 @@ class Intake:
         """Write what is still on its way."""
         self._take_keys()
         self._flush()
+        self._take_back()
+
+    def _note_stored(self, store_id: str, seq: int | None, run: str, keys: list[str]) -> None:
+        row = (store_id, seq, self._next_place())
+        self._stored.update((key, (*row, key, "stored", run or None, time.time())) for key in keys)
+        if len(self._stored) > _FLUSH_ROWS:
+            self._flush()
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Of the keys that were stored, those that had left the store before are there again."""
+        stored, self._stored = self._stored, {}
+        if stored:
+            keys = quoted(",".join(stored))
+            known = self._known(f"SELECT DISTINCT key FROM removals WHERE key IN (SELECT unnest(split({keys}, ','))::UUID)")
+            if back := [row for key, row in stored.items() if key in known]:
+                insert_rows(self._connection, "removals", back)
+
+    def _next_place(self) -> int:
+        if self._place < 0:
+            self._place = self._connection.execute("SELECT coalesce(max(place), 0) FROM removals").fetchall()[0][0]
+        self._place += 1
+        return self._place
 
     def _take_keys(self) -> None:
         keys, self._keys = list(self._keys), {}

@@ -70,6 +70,19 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Removed:
+    """Entries that left the store in this transaction, by key. ``why``: as in the ledger's table ``removals``.
+
+    ``run``: the run that removed them, empty where it was none.
+    """
+
+    run: str
+    at: float
+    keys: tuple[bytes, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class LookedUp:
     """Lookups of one call, as columns of equal length.
 
@@ -194,8 +207,9 @@ class Scored:
 OVERHEAD_KINDS = ("start", "fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync", "last_sync")
 
 Event = (
-    RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | LookedUp | Overhead | Measured | TaskSeen | DocumentsSeen | Scored
-)
+    RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | Removed | LookedUp | Overhead | Measured
+    | TaskSeen | DocumentsSeen | Scored
+)  # fmt: skip
 _EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 

@@ -31,7 +31,7 @@ def describe_run(run: str, policy: Policy, match: str, client: str = "", client_
 
 def _versions() -> dict[str, str]:
     versions = {"python": sys.version.split()[0]}
-    for package in ("torch", "transformers", "peft", "lm_eval", "inspect_ai", "lighteval"):
+    for package in ("evalcache", "torch", "transformers", "peft", "lm_eval", "inspect_ai", "lighteval"):
         module = sys.modules.get(package)
         if module is not None and isinstance(version := getattr(module, "__version__", None), str):
             versions[package] = str(version)

@@ -287,18 +287,49 @@ FROM told a JOIN told b USING (client, task, role, metric, document)
 WHERE a.place < b.place;
 """
 
-STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1 + VIEWS,)
+_STEP_2 = """
+ALTER TABLE outputs ADD COLUMN answer UUID; -- digest of the answer, apart from what it cost; NULL where an elder version told
+CREATE TABLE removals ( -- Entries that left the store, and that came back: of each key, the row with the highest place counts.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    place BIGINT, -- order in which the ledger heard of it, from whatever store
+    key UUID, -- of the entry
+    why VARCHAR, -- pruned, evicted (among the cheapest beyond a size limit), lost (damaged beyond repair), stored (again)
+    run VARCHAR, -- that did it, where it was a run
+    removed_at TIMESTAMP -- when
+);
+
+-- Entries that are no longer in the store, and are not to be brought back.
+CREATE VIEW entries_gone AS
+SELECT key, arg_max(why, place) AS why, arg_max(run, place) AS run, arg_max(removed_at, place) AS removed_at
+FROM removals GROUP BY key HAVING arg_max(why, place) <> 'stored';
+
+-- The newest answer to each request.
+CREATE OR REPLACE VIEW answers AS
+SELECT r.* EXCLUDE (inputs_canonical), o.* EXCLUDE (key, exact, arrays, answer)
+FROM (SELECT * FROM requests QUALIFY row_number() OVER (PARTITION BY key) = 1) r
+JOIN (SELECT * FROM outputs QUALIFY row_number() OVER (PARTITION BY key ORDER BY created_at DESC, run) = 1) o USING (key);
+"""
+
+STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1 + VIEWS, _STEP_2)
 """Step *n* is ``STEPS[n - 1]``. A step is never edited once released; a change is a new step."""
 
 VERSION = len(STEPS)
 
 _TABLE = re.compile(r"CREATE TABLE (\w+) \( -- (.+)\n((?:    .+\n)+)\);")
 _COLUMN = re.compile(r"    (\w+) ([A-Z]+(?:\[\])?),? -- (.+)\n")
+_ADDED = re.compile(r"ALTER TABLE (\w+) ADD COLUMN (\w+) ([A-Z]+(?:\[\])?); -- (.+)\n")
 
 
-def columns(step: str = _TABLES_1) -> dict[str, dict[str, str]]:
-    """Table → column → SQL type, as a step's text creates them."""
-    return {table: {name: kind for name, kind, _ in _COLUMN.findall(body)} for table, _, body in _TABLE.findall(step)}
+def columns() -> dict[str, dict[str, str]]:
+    """Table → column → SQL type, as all steps together create them."""
+    found: dict[str, dict[str, str]] = {}
+    for step in STEPS:
+        for table, _, body in _TABLE.findall(step):
+            found[table] = {name: kind for name, kind, _ in _COLUMN.findall(body)}
+        for table, name, kind, _ in _ADDED.findall(step):
+            found[table][name] = kind
+    return found
 
 
 def comments(step: str) -> Iterator[str]:
@@ -307,6 +338,8 @@ def comments(step: str) -> Iterator[str]:
         yield f"COMMENT ON TABLE {table} IS {quoted(about)}"
         for column, _, said in _COLUMN.findall(body):
             yield f"COMMENT ON COLUMN {table}.{column} IS {quoted(said)}"
+    for table, column, _, said in _ADDED.findall(step):
+        yield f"COMMENT ON COLUMN {table}.{column} IS {quoted(said)}"
 
 
 def quoted(text: str) -> str:
