@@ -17,6 +17,7 @@ from evalcache.cli_exchange import conflicts, export, import_
 from evalcache.cli_options import Place, asks_a_cache, asks_for_prices
 from evalcache.cli_pages import report, ui
 from evalcache.cli_reports import audit, explain, explain_run
+from evalcache.cli_store import verify
 from evalcache.errors import EvalCacheError
 from evalcache.progress import progress_bar
 from evalcache.session import disable
@@ -296,25 +297,7 @@ def path(directory: str | None, as_json: bool) -> None:
         print(place.directory)
 
 
-@commands.command()
-@asks_a_cache
-def verify(directory: str | None, as_json: bool) -> int:
-    """Check every stored entry, and the store against the ledger. Exit code 1 if anything is wrong."""
-    from evalcache.printing import print_fields, print_json, visible
-    from evalcache.verification import verify_cache
-
-    place = Place(directory)
-    found = verify_cache(place.store, place.synced())
-    if as_json:
-        print_json(found.to_json())
-    else:
-        for problem in found.problems:
-            print(visible(problem))
-        print_fields({name: value for name, value in found.to_json().items() if isinstance(value, int)})
-    return int(not found.good)
-
-
-for _verb in (audit, conflicts, explain, explain_run, export, import_, report, ui):
+for _verb in (audit, conflicts, explain, explain_run, export, import_, report, ui, verify):
     commands.add_command(_verb)
 
 

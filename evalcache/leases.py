@@ -249,6 +249,15 @@ class Leases:
             after = rows[-1][0]
 
 
+def is_at_work(row: str, value: bytes) -> bool:
+    """Whether a worker's row, read by whoever has no other means to ask, is that of another process which is alive."""
+    worker = _worker(row, value)
+    host, pid, birth = worker.process
+    if host == _host():
+        return pid != os.getpid() and bool(birth) and _birth(pid) == birth
+    return abs(worker.expires_at - time.time()) < LEASE_S + _SKEW_S
+
+
 def _worker(row: str, value: bytes) -> _Worker:
     try:
         host, pid, birth, expires_at = decode(unseal(row, value))

@@ -104,7 +104,7 @@ class Ledger:
         if not (waiting or frames) and self.path.exists():
             return SyncReport(0, 0, time.perf_counter() - began, 0)
         store_id = store.store_id
-        with self._turn():
+        with self.turn():
             fresh = self._make()
             with self._attached() as connection:
                 intake = Intake(connection, store)
@@ -167,7 +167,7 @@ class Ledger:
             LedgerLockedError: somebody else has the file open for writing.
             LedgerError: the file is no ledger, or (from ``ask``) the query is wrong, in DuckDB's words.
         """
-        with self._turn():
+        with self.turn():
             self._make()
             with self._attached(read_only=not unsafe) as connection:
                 if not unsafe:
@@ -187,7 +187,7 @@ class Ledger:
     # --- the file ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def turn(self) -> Iterator[None]:
         """This process's turn at the file. The operating system ends the turn of a process that is killed."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ class Ledger:
     @contextlib.contextmanager
     def _attached(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """The file, opened with the newest schema."""
-        with self._opened(self.path, read_only=read_only) as connection:
+        with self.opened(self.path, read_only=read_only) as connection:
             version = self._version(connection)
             if version > VERSION:
                 raise LedgerError(
@@ -225,7 +225,7 @@ class Ledger:
             yield connection
 
     @contextlib.contextmanager
-    def _opened(self, path: Path, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    def opened(self, path: Path, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection of its own with the file attached and in use as ``ledger``; closing it folds the write-ahead log in."""
         options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{_FILE_FORMAT}'"
         try:
@@ -255,7 +255,7 @@ class Ledger:
         # Made elsewhere and moved: nobody ever sees half a schema, nor the file before it has its mode.
         made = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         try:
-            with self._opened(made) as connection:
+            with self.opened(made) as connection:
                 self._apply(connection, 0)
             made.chmod(0o600)
             # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.

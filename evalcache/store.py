@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,16 @@ from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
 from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
 from evalcache.faults import tell
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
+from evalcache.inspection import ASIDE, STATE, BadRow, bad_rows, set_aside
 from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
 from evalcache.records import Action, Entry, Result, Taken
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
 
-_STATE = "store/state"
 _CONFLICT = "conflict/"  # among the objects
 _OBJECTS = ("object/", "object0")  # "0" follows "/": the first text after every row of the kind
 _JOURNAL = ("journal/", "journal0")
-_ASIDE = ("aside/", "aside0")
-_AT_WORK = ("worker/", "lease/")
+_ASIDE = (ASIDE, "aside0")
 _ENTRIES = b""  # bytes come after all text
 _SCAN_ROWS = 500
 
@@ -72,6 +71,11 @@ class Store:
         self.leases = Leases(self._rows)
         with self._rows.transaction("opening"):
             self._id = self._state()[0]
+
+    @property
+    def rows(self) -> Rows:
+        """The rows themselves, for whoever looks after the store."""
+        return self._rows
 
     @property
     def store_id(self) -> str:
@@ -167,13 +171,13 @@ class Store:
         of the entries that this process holds are given up.
 
         Args:
-            run: id of the run that computed the entries. created_at: Unix seconds.
+            run: id of the run that computed the entries. created_at: Unix seconds, kept to the microsecond, as the ledger does.
 
         Raises:
             StoreError: an entry is too large, or the folder cannot be written.
             CanonicalError: a value has no canonical encoding.
         """
-        shared = dict(objects or {})
+        shared, created_at = dict(objects or {}), round(created_at, 6)
         frames: list[tuple[bytes, bytes]] = []
         # All encoding happens before the transaction, which other processes wait for.
         for key, action, result in entries:
@@ -203,10 +207,13 @@ class Store:
 
     # Entries from elsewhere
 
-    def take_in(self, frames: Sequence[tuple[Digest, bytes]], objects: Mapping[str, bytes]) -> Taken:
+    def take_in(self, frames: Sequence[tuple[Digest, bytes]], objects: Mapping[str, bytes], *, told: bool = True) -> Taken:
         """Write entries of another store in one transaction: good frames, and what they name.
 
         One that is here already stays as it is. One with another *answer* than the one here is kept beside it, see `conflicts`.
+
+        Args:
+            told: whether the ledger is told of what is new: not where it comes from there.
 
         Raises:
             StoreError: the folder cannot be written; nothing was.
@@ -220,8 +227,8 @@ class Store:
                 if isinstance(mine, Entry) and not _is_same(mine.result, decode_entry(key, frame).result):
                     shared[f"{_CONFLICT}{key.hex}/{digest_bytes(frame).hex}"] = frame
                     others += 1
-            told = [Stored("", tuple(value for value, _ in new))] if new else []
-            self._put(new, shared, [encode_event(event) for event in told])
+            events = [Stored("", tuple(value for value, _ in new))] if new and told else []
+            self._put(new, shared, [encode_event(event) for event in events])
         return Taken(len(new), len(frames) - len(new) - others, others)
 
     def objects(self) -> Iterator[tuple[str, bytes]]:
@@ -279,6 +286,11 @@ class Store:
         """How many events wait for the ledger."""
         return self._rows.count(*_JOURNAL)
 
+    def has_forgotten(self) -> bool:
+        """Whether a ledger has been told anything of this store before: what it was told then is not here any more."""
+        with self._rows.transaction("reading its journal"):
+            return self._state()[1] > self.journal_count()
+
     def forget_journal(self, through: int) -> None:
         """Delete the events up to and including this number: the ledger has committed and re-read them.
 
@@ -306,34 +318,19 @@ class Store:
         Nothing is changed. Cost: a pass over the whole store, during a part of which others cannot write.
         """
         problems = []
-        for read in (self._check_entries, self._check_others):
-            try:
-                problems.extend(read())
-            except StoreError as error:  # a damaged page: what follows it cannot be reached
-                problems.append(str(error))
+        try:
+            problems.extend(bad.why for bad in bad_rows(self._rows))
+        except StoreError as error:  # a damaged page: what follows it cannot be reached
+            problems.append(str(error))
         return problems + self._rows.check()
 
-    def _check_entries(self) -> Iterator[str]:
-        for key, frame in self.frames():
-            try:
-                decode_entry(key, frame)
-                decode_question(key, frame)
-            except FrameError as error:
-                yield str(error)
+    def set_bad_aside(self, bad: Iterable[BadRow]) -> int:
+        """Keep rows that fail their checks under other names; returns how many. Nothing is deleted.
 
-    def _check_others(self) -> Iterator[str]:
-        others = (
-            "SELECT key, raw, typeof(key), CASE typeof(value) WHEN 'blob' THEN value END FROM Cache"
-            " WHERE raw IS NOT 1 OR typeof(key) <> 'blob' OR length(key) <> ?"
-        )
-        for row, raw, kind, value in self._rows.query(others, (SIZE_BYTES,)):
-            if raw != 1 or kind != "text" or not row.startswith((_OBJECTS[0], _JOURNAL[0], _ASIDE[0], _STATE, *_AT_WORK)):
-                yield f"row {row!r} is none of this store's"
-            elif not row.startswith(_ASIDE[0]):
-                try:
-                    unseal(row, value)
-                except FrameError as error:
-                    yield str(error)
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        return set_aside(self._rows, bad)
 
     # Within
 
@@ -367,9 +364,9 @@ class Store:
         A damaged row gets a *new* id: under the old one, numbers given out twice would be skipped by a ledger that has seen them.
         """
         try:
-            sealed = self._rows.get(_STATE)
+            sealed = self._rows.get(STATE)
             if sealed is not None:
-                store_id, last = decode(unseal(_STATE, sealed))
+                store_id, last = decode(unseal(STATE, sealed))
                 return store_id, last
         except (FrameError, CanonicalError, StoreError, ValueError, TypeError) as error:
             tell(f"{self.directory}: the store gets a new id: {error}", CorruptEntryWarning, stacklevel=4)
@@ -380,7 +377,7 @@ class Store:
         return store_id, last
 
     def _set_state(self, store_id: str, last: int) -> None:
-        self._rows.put([(_STATE, seal(_STATE, encode_canonical([store_id, last])))])
+        self._rows.put([(STATE, seal(STATE, encode_canonical([store_id, last])))])
 
 
 def _is_same(one: Result, other: Result) -> bool:

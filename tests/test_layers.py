@@ -67,6 +67,7 @@ LEVELS = {
     "rows": 3,  # bytes under bytes in one file
     "tables": 3.5,  # events and entries → rows of the ledger
     "intake": 3.8,  # these on their way into the tables
+    "inspection": 3.9,  # every row of a store, checked
     "store": 4,
     "outbox": 4.2,  # what a run has to tell, until it is committed
     "ledger": 4,
@@ -81,6 +82,10 @@ LEVELS = {
     "summary": 5,
     "names": 5,  # what a person types → the model or key that is meant
     "verification": 5,
+    "salvage": 4.5,  # a damaged file of a store
+    "ledger_mending": 4.5,  # a damaged ledger
+    "restoring": 5,  # entries rebuilt from the ledger
+    "mending": 5.5,  # all of it put right
     "entryview": 5,
     "exchange": 5,  # entries as one file
     "planning": 5.5,  # a cache that only looks up
@@ -103,6 +108,7 @@ LEVELS = {
     "cli_options": 7.8,  # what verbs have in common
     "cli_reports": 7.9,  # verbs about what was saved
     "cli_exchange": 7.9,  # verbs that carry entries
+    "cli_store": 7.9,  # verbs that look after a folder
     "cli_pages": 7.9,  # verbs that make a page of it
     "cli": 8,
     "__main__": 9,
@@ -112,7 +118,7 @@ LEVELS = {
 # Third-party package → the modules that import it: one door each.
 DOORS = {
     "cbor2": {"canonical"},
-    "click": {"cli", "cli_exchange", "cli_options", "cli_pages", "cli_reports"},
+    "click": {"cli", "cli_exchange", "cli_options", "cli_pages", "cli_reports", "cli_store"},
     "diskcache": {"rows"},
     "duckdb": {"exchange", "ledger"},
     "jinja2": {"report"},

@@ -256,7 +256,7 @@ def test_processes_queue_for_their_turn(pair: tuple[Store, Ledger]) -> None:
     cold_and_warm(store)
     ledger.sync(store)
     impatient = Ledger(ledger.path, lock_timeout_s=0.05)
-    with ledger._turn(), pytest.raises(LedgerLockedError):
+    with ledger.turn(), pytest.raises(LedgerLockedError):
         impatient.query("SELECT 1")
     assert impatient.query("SELECT 1").rows == [(1,)]
 
