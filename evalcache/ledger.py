@@ -257,6 +257,7 @@ class Ledger:
         try:
             with self.opened(made) as connection:
                 self._apply(connection, 0)
+                connection.execute("CHECKPOINT ledger")  # that closing does cannot fail, and leaves nothing behind on a full disk
             made.chmod(0o600)
             # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.
             Path(f"{self.path}.wal").unlink(missing_ok=True)

@@ -151,7 +151,7 @@ def fill(place: Place) -> str:
 @needs_mounts
 @pytest.mark.parametrize("way", ["run", "strict warnings", *long("enable", "cache")])
 def test_a_disk_that_fills_up(place: Place, way: str) -> None:
-    mount(place, "4m")
+    mount(place, "5m")
     if way == "strict warnings":
         place.run(options="-W error", at_3=fill(place))
     else:
