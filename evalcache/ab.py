@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from evalcache.errors import EvalCacheError
-from evalcache.folder import default_folder
+from evalcache.folder import default_folder, local_folder
 from evalcache.launch import cannot_run, is_off, launch_environment, warn_unreachable
 from evalcache.ledger import Ledger
 from evalcache.store import Store
@@ -208,7 +208,7 @@ def run_compared(
     environment = launch_environment(command, os.environ, directory=directory, policy=policy, match=match, tags=tags)
     if is_off(environment):
         raise EvalCacheError("--ab compares a command with and without evalcache, which is off", hint="leave EVALCACHE=off out")
-    place = Path(environment.get("EVALCACHE_DIR") or default_folder())
+    place = local_folder(Path(environment.get("EVALCACHE_DIR") or default_folder()))
     warn_unreachable(command)
 
     def cached(output: Path | None) -> tuple[str, float, int]:

@@ -24,14 +24,9 @@ from evalcache.collector import paused_for, resume
 from evalcache.counts import Counts
 from evalcache.decide import decide_all, policy_of
 from evalcache.digest import Digest
-from evalcache.errors import (
-    EvalCacheError,
-    LedgerLockedError,
-    StoreError,
-    UncacheableError,
-)
+from evalcache.errors import EvalCacheError, LedgerLockedError, StoreError, UncacheableError
 from evalcache.faults import tell, tell_of_folder
-from evalcache.folder import default_folder, make_folder
+from evalcache.folder import default_folder, local_folder, make_folder
 from evalcache.journal import Event, LookedUp, Measured, ModelLoaded, ModelSeen, RunEnded
 from evalcache.key import keys_of
 from evalcache.leases import Leases, is_one_of_several_ranks
@@ -63,7 +58,7 @@ class Cache:
     """The store, the ledger and one run that uses them.
 
     Args:
-        directory: None means ``EVALCACHE_DIR``, or the user's cache folder.
+        directory: None means ``EVALCACHE_DIR``, or the user's cache folder. Where machines share it, `directory` is a local one.
         policy: None means ``EVALCACHE``, or ``use``. match: None means ``EVALCACHE_MATCH``, or ``portable``.
         run: id of the run (UUID hex), so that several processes of one launch are one run.
 
@@ -81,7 +76,7 @@ class Cache:
         match: str | None = None,
         run: str | None = None,
     ) -> None:
-        self.directory = default_folder() if directory is None else Path(directory)
+        shared = default_folder() if directory is None else Path(directory)
         self.policy = policy_of(policy)
         self.match = match or os.environ.get("EVALCACHE_MATCH") or "portable"
         if self.match not in ("portable", "strict"):
@@ -92,8 +87,14 @@ class Cache:
         self.clients: dict[str, str] = {}
         """Eval clients that are held on to in this process, with their versions."""
         self._client = ""  # the one of them that asked first
+        self.directory = local_folder(shared)
         make_folder(self.directory)
         self.store = Store(self.directory / "store")
+        self._segments = None
+        if self.directory != shared:
+            from evalcache.segments import Segments  # here: few cache folders are shared by machines
+
+            self._segments = Segments(shared, self.store, pull=self.policy.reads)
         self.ledger_path = self.directory / "ledger.duckdb"
         self._lock = threading.RLock()
         self._outbox = Outbox(
@@ -306,6 +307,9 @@ class Cache:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:
             tell_of_folder(self.directory, f"the ledger was not brought up to date; what is new waits in the store: {error}")
+        if self._segments is not None:
+            with self.counts.taking("sync"):
+                self._segments.push()
         self._sync_seconds = time.perf_counter() - began
         self._synced_at = time.monotonic()
 

@@ -204,7 +204,7 @@ def doctor(directory: str | None, as_json: bool) -> int:
     from evalcache.doctor import examine, is_good, to_json
     from evalcache.printing import print_json, print_table, visible
 
-    checks = examine(Place(directory).directory)
+    checks = examine(Place(directory).given)
     if as_json:
         print_json(to_json(checks))
     else:
@@ -244,7 +244,7 @@ def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
     else:
         held = place.store.stats()
         found = {
-            "directory": place.directory,
+            "directory": place.given,
             "entries": held.entries,
             "objects": held.objects,
             "journal_rows": held.journal_rows,
@@ -292,9 +292,9 @@ def path(directory: str | None, as_json: bool) -> None:
 
     place = Place(directory)
     if as_json:
-        print_json({"directory": place.directory, "store": place.store_path, "ledger": place.ledger_path})
+        print_json({"directory": place.given, "store": place.store_path, "ledger": place.ledger_path})
     else:
-        print(place.directory)
+        print(place.given)
 
 
 for _verb in (audit, conflicts, explain, explain_run, export, import_, report, ui, verify):

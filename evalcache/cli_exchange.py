@@ -49,6 +49,7 @@ def import_(files: Sequence[str], directory: str | None, as_json: bool) -> None:
         for file in files:
             taken += import_entries(place.store, Path(file), progress=tell)
     place.synced()
+    place.give()
     (print_json if as_json else print_fields)({"new": taken.new, "known": taken.known, "conflicts": taken.conflicts})
 
 

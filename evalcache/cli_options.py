@@ -19,18 +19,31 @@ class Place:
     """The store and the ledger of one cache folder, opened when first asked for."""
 
     def __init__(self, directory: str | None) -> None:
-        from evalcache.folder import default_folder
+        from evalcache.folder import default_folder, local_folder
 
-        self.directory = Path(default_folder() if directory is None else directory)
+        self.given = Path(default_folder() if directory is None else directory)
+        self.directory = local_folder(self.given)  # another one, where machines share the given one
         self.store_path = self.directory / "store"
         self.ledger_path = self.directory / "ledger.duckdb"
 
     @property
     def store(self) -> Store:
-        """The store."""
+        """The store, with what other machines have given until now."""
         from evalcache.store import Store
 
-        return Store(self.store_path)
+        store = Store(self.store_path)
+        if self.directory != self.given:
+            from evalcache.segments import Segments
+
+            Segments(self.given, store, pull=True)
+        return store
+
+    def give(self) -> None:
+        """Give what is new here to the machines that share the folder, where any do."""
+        if self.directory != self.given:
+            from evalcache.segments import Segments
+
+            Segments(self.given, self.store).push()
 
     def synced(self) -> Ledger:
         """The ledger, which has been told everything that was waiting in the journal."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evalcache.errors import EvalCacheError, LedgerLockedError
+from evalcache.folder import file_system, is_remote, local_folder
 from evalcache.integrations.clients import CLIENTS, Client, version_of_client
 from evalcache.ledger import Ledger
 from evalcache.printing import said_bytes
@@ -28,7 +29,6 @@ from evalcache.store import Store
 LEAST: dict[str, tuple[int, ...]] = {"torch": (2, 6), "transformers": (5, 0), "duckdb": (1, 5, 5), "diskcache": (5, 6, 3)}
 """The least versions, as in pyproject.toml."""
 LEAST_FREE_BYTES = 5 << 30
-_NETWORK = re.compile(r"^(nfs\d*|cifs|smb\d?|smbfs|smb3|9p|afs|ceph|lustre|gpfs|beegfs|glusterfs|fuse\..*)$")
 _OPTIONAL = ("torch", "transformers")
 _PATIENCE_S = 2.0
 _WRITES = 120  # the byte of SQLite's shared memory that a writer locks. Source: sqlite.org/walformat.html, "WAL Locks"
@@ -57,7 +57,8 @@ def examine(directory: str | os.PathLike[str]) -> list[Check]:
     Cost: a second or two; a GPU's driver or a busy ledger may take some more.
     """
     folder = Path(directory).absolute()
-    return [*_python(), *_packages(), *_clients(), *_gpu(), *_folder(folder), *_store(folder), *_ledger(folder)]
+    local = local_folder(folder)
+    return [*_python(), *_packages(), *_clients(), *_gpu(), *_folder(folder), *_store(local), *_ledger(local)]
 
 
 def is_good(checks: list[Check]) -> bool:
@@ -171,9 +172,7 @@ def _gpu() -> Iterator[Check]:
 
 
 def _folder(folder: Path) -> Iterator[Check]:
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = _existing(folder)
     if not folder.exists():
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         hint = "" if usable else f"{there} cannot be written: set EVALCACHE_DIR to a folder of yours"
@@ -188,10 +187,18 @@ def _folder(folder: Path) -> Iterator[Check]:
         yield Check(
             "rights", "wrong" if open_ else "ok", f"{mode:04o}", f"others may look in: chmod 700 {folder}" if open_ else ""
         )
-    kind = file_system(there)
-    far = _NETWORK.match(kind) is not None
-    hint = "SQLite and DuckDB need locks that such mounts often lack: set EVALCACHE_DIR to a local disk"
-    yield Check("file system", "wrong" if far else "ok", kind or "unknown", hint if far else "")
+    kind = file_system(there) or "unknown"
+    local = local_folder(folder)
+    if local == folder:
+        told = os.environ.get("EVALCACHE_NETWORK") == "0" and is_remote(folder)
+        hint = "SQLite and DuckDB need locks that such mounts often lack: unset EVALCACHE_NETWORK" if told else ""
+        yield Check("file system", "wrong" if told else "ok", kind, hint)
+    else:
+        yield Check("file system", "ok", f"{kind}, shared by machines; here the store is in {local}")
+        if (folder / "store" / "cache.db").exists():
+            hint = "EVALCACHE_NETWORK=0 evalcache export FILE, then evalcache import FILE, then delete it"
+            yield Check("former store", "note", f"{folder / 'store'} is not used, now that machines share this folder", hint)
+    there, folder = _existing(local), local
     held = sum(file.stat().st_size for file in folder.glob("store/cache.db*")) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free
     needed = max(LEAST_FREE_BYTES, 2 * held)
@@ -200,22 +207,11 @@ def _folder(folder: Path) -> Iterator[Check]:
     yield Check("free disk", "wrong" if low else "ok", said_bytes(free), hint)
 
 
-def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """The type of the file system that a path lies on, empty where it cannot be known."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    real, best, kind = os.path.realpath(path), "", ""
-    for line in lines:
-        words = line.split()
-        if len(words) < 3:
-            continue
-        point = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), words[1])  # a space is \040
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # the later of two at one point is the one that is seen
-            best, kind = point, words[2]
-    return kind
+def _existing(path: Path) -> Path:
+    """The path, or what exists above it."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def _store(folder: Path) -> Iterator[Check]:

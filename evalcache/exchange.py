@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from evalcache.key import key_of_question
 from evalcache.manifest import Manifest
 from evalcache.records import Taken
 from evalcache.rows import ROW_LIMIT_BYTES
+from evalcache.schema import quoted
 from evalcache.store import Store
 
 FORMAT = "evalcache entries"
@@ -50,6 +51,7 @@ _MANIFEST = "manifest.json"
 _TABLES = {"entries": ("key", "frame"), "objects": ("name", "data")}
 _MANIFEST_BYTES = 1 << 16
 _ROWS = 500  # in memory at once
+_TEXT_BYTES = 4 << 20
 _LOCK = "export.lock"  # held by the process that writes
 _ABANDONED_S = 60.0
 _OBJECT = re.compile(r"(fields|model)/[0-9a-f]{32}")
@@ -90,9 +92,19 @@ def export_entries(store: Store, path: Path, *, progress: Callable[[int, int], N
             else:
                 yield key.value, frame
 
+    rows = write_archive(path, entries(), store.objects())
+    return Exported(rows["entries"], rows["objects"], damaged, path.stat().st_size)
+
+
+def write_archive(path: Path, entries: Iterable[tuple[bytes, bytes]], objects: Iterable[tuple[str, bytes]]) -> dict[str, int]:
+    """Write (key, good frame) and (name, data) into a file; see `export_entries`. Returns how many of each there were.
+
+    Raises:
+        ExchangeError: the file cannot be written.
+    """
     try:
         with _scratch(path) as folder:
-            rows = {"entries": _write(folder, "entries", entries()), "objects": _write(folder, "objects", store.objects())}
+            rows = {"entries": _write(folder, "entries", entries), "objects": _write(folder, "objects", objects)}
             members = {f"{name}.parquet": _member(folder / f"{name}.parquet", count) for name, count in rows.items()}
             told = {"format": FORMAT, "version": VERSION, "made_at": time.time(), "members": members}
             made = folder / "made"
@@ -106,14 +118,16 @@ def export_entries(store: Store, path: Path, *, progress: Callable[[int, int], N
             made.replace(path)
     except OSError as error:
         raise ExchangeError(f"{path} cannot be written: {error}", hint="check rights and space", path=str(path)) from error
-    return Exported(rows["entries"], rows["objects"], damaged, path.stat().st_size)
+    return rows
 
 
-def import_entries(store: Store, path: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Taken:
+def import_entries(
+    store: Store, path: Path, *, due: bool = True, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Taken:
     """Take the entries of a file into a store; those that it has already are left as they are.
 
     An entry whose *answer* is another one than the store's is a finding: the store's is served on, the other one is kept beside
-    it (`Store.conflicts`). To import a file again changes nothing.
+    it (`Store.conflicts`). To import a file again changes nothing. ``due``: as in `Store.take_in`.
 
     Cost: two passes over the file; nothing is written before the first has ended.
 
@@ -132,7 +146,7 @@ def import_entries(store: Store, path: Path, *, progress: Callable[[int, int], N
                 _check_object(path, name, data)
             taken = Taken()
             for rows in read("entries"):
-                taken += store.take_in([(Digest(key), frame) for key, frame in rows], objects)
+                taken += store.take_in([(Digest(key), frame) for key, frame in rows], objects, due=due)
                 objects = {}  # with the first of them
                 progress(counts["entries"] + taken.total, 2 * counts["entries"])
             return taken
@@ -161,11 +175,23 @@ def _write(folder: Path, name: str, rows: Iterable[tuple[Any, bytes]]) -> int:
     with contextlib.closing(duckdb.connect(str(folder / f"{name}.duckdb"))) as connection:
         connection.execute(f"CREATE TABLE t ({first} {kind}, {second} BLOB)")
         for some in _chunks(rows):
-            left, right = (list(column) for column in zip(*some, strict=True))
-            connection.execute(f"INSERT INTO t SELECT unnest($1::{kind}[]), unnest($2::BLOB[])", [left, right])
+            _insert(connection, kind, some)
         # Frames are packed already. What is not packed again cannot unpack to more than it is, either.
         connection.execute(f"COPY t TO '{_quoted(folder / name)}.parquet' (FORMAT parquet, COMPRESSION uncompressed)")
         return int(connection.execute("SELECT count(*) FROM t").fetchall()[0][0])
+
+
+def _insert(connection: Any, kind: str, rows: Sequence[tuple[Any, bytes]]) -> None:
+    left, right = (list(column) for column in zip(*rows, strict=True))
+    if len(rows) == _ROWS or sum(map(len, right)) > _TEXT_BYTES:
+        connection.execute(f"INSERT INTO t SELECT unnest($1::{kind}[]), unnest($2::BLOB[])", [left, right])
+        return
+    # As text, which takes twice as long: DuckDB imports pandas at the first bound value (see `intake.execute`), which is half a
+    # second for a few rows at the end of a run.
+    texts = [{"a": one.hex() if kind == "BLOB" else one, "b": data.hex()} for one, data in zip(left, right, strict=True)]
+    first = "unhex(a)" if kind == "BLOB" else "a"
+    given = f"""from_json({quoted(json.dumps(texts))}, '[{{"a":"VARCHAR","b":"VARCHAR"}}]')"""
+    connection.execute(f"INSERT INTO t SELECT {first}, unhex(b) FROM (SELECT unnest({given}, recursive := true))")
 
 
 def _chunks(rows: Iterable[tuple[Any, bytes]]) -> Iterator[list[tuple[Any, bytes]]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.errors import CanonicalError
-from evalcache.folder import default_folder
+from evalcache.folder import default_folder, local_folder
 from evalcache.sidetable import SideTable
 
 SETTLED_NS = 2_000_000_000
@@ -62,7 +62,7 @@ class FileMemo:
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self.now_ns = clock_ns
-        self._table = SideTable(os.path.join(default_folder() if directory is None else directory, "files.sqlite"))
+        self._table = SideTable(os.path.join(local_folder(default_folder()) if directory is None else directory, "files.sqlite"))
 
     def recall(self, kind: str, stamp: FileStamp) -> Any:
         """What was remembered under ``kind`` for a file with this stamp, or None.

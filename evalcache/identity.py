@@ -20,7 +20,7 @@ from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CanonicalError, CheckpointError, CorruptEntryWarning
 from evalcache.faults import tell
 from evalcache.filememo import FileMemo
-from evalcache.folder import default_folder
+from evalcache.folder import default_folder, local_folder
 from evalcache.manifest import Manifest
 from evalcache.sidetable import SideTable
 
@@ -257,7 +257,7 @@ class CheckpointIndex:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self._table = SideTable(default_folder() / "checkpoints.sqlite" if path is None else path)
+        self._table = SideTable(local_folder(default_folder()) / "checkpoints.sqlite" if path is None else path)
 
     @staticmethod
     def key(identity: CheckpointIdentity, arguments: Mapping[str, Any], versions: Mapping[str, str]) -> Digest:

@@ -16,7 +16,7 @@ from evalcache.rows import Rows
 
 STATE = "store/state"
 ASIDE = "aside/"
-SEALED = ("object/", "journal/", STATE, "worker/", "lease/")
+SEALED = ("object/", "journal/", STATE, "worker/", "lease/", "segment/")
 """What the names of rows begin with that are not entries; each holds sealed bytes."""
 
 _SCAN_ROWS = 500

@@ -182,9 +182,9 @@ def make_plan(
         raise PlanError(
             "the command ended, and asked nothing that evalcache serves", hint="plans are made of lm_eval's hf models"
         )
-    from evalcache.folder import default_folder
+    from evalcache.folder import default_folder, local_folder
 
-    place = Path(environment.get("EVALCACHE_DIR") or default_folder())
+    place = local_folder(Path(environment.get("EVALCACHE_DIR") or default_folder()))
     store, ledger = Store(place / "store"), Ledger(place / "ledger.duckdb")
     ledger.sync(store)
     return Plan(tuple(command), tuple(_estimate(ledger, store, one) for one in told))

@@ -263,6 +263,10 @@ class Rows:
         """Delete the rows with ``after < key <= through``. Within a `transaction`."""
         self._cache._sql("DELETE FROM Cache WHERE raw = 1 AND key > ? AND key <= ?", (after, through))
 
+    def drop(self, keys: Iterable[str]) -> None:
+        """Delete rows, whatever they hold. Within a `transaction`."""
+        self._cache._con.executemany("DELETE FROM Cache WHERE raw = 1 AND key = ?", ((key,) for key in keys))
+
     def remove(self, rows: Iterable[tuple[bytes | str, Any]]) -> None:
         """Delete rows that still hold the value given. Within a `transaction`."""
         self._cache._con.executemany("DELETE FROM Cache WHERE raw = 1 AND key = ? AND value IS ?", rows)

@@ -8,6 +8,7 @@
 | ``journal/<20 digits>`` | one event for the ledger (`journal.py`), sealed; numbers only rise, also after rows were forgotten |
 | ``store/state`` | the store's id and the last journal number given out, sealed |
 | ``worker/…``, ``lease/…`` | who computes what at the moment (`leases.py`), sealed |
+| ``segment/…`` | what is exchanged with other machines (`transfers.py`), sealed |
 | ``aside/<row key>`` | what failed its checks, kept for whoever wants to know why |
 """
 
@@ -33,6 +34,7 @@ from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
 from evalcache.records import Action, Entry, Result, Taken
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
+from evalcache.transfers import Transfers
 
 _CONFLICT = "conflict/"  # among the objects
 _OBJECTS = ("object/", "object0")  # "0" follows "/": the first text after every row of the kind
@@ -69,6 +71,7 @@ class Store:
         self.corrupt_count = 0
         self._rows = Rows(directory, timeout_s=timeout_s)
         self.leases = Leases(self._rows)
+        self.transfers = Transfers(self._rows)
         with self._rows.transaction("opening"):
             self._id = self._state()[0]
 
@@ -191,6 +194,7 @@ class Store:
             return
         with self._rows.transaction("writing"):
             self._put(frames, shared, encoded)
+            self.transfers.note([value for value, _ in frames])
             self.leases.release(key for key, *_ in entries)
 
     def _put(self, frames: Sequence[tuple[bytes, bytes]], shared: Mapping[str, bytes], events: Sequence[bytes]) -> None:
@@ -207,8 +211,10 @@ class Store:
 
     # Entries from elsewhere
 
-    def take_in(self, frames: Sequence[tuple[Digest, bytes]], objects: Mapping[str, bytes], *, told: bool = True) -> Taken:
-        """Write entries of another store in one transaction: good frames, and what they name.
+    def take_in(
+        self, frames: Sequence[tuple[Digest, bytes]], objects: Mapping[str, bytes], *, told: bool = True, due: bool = True
+    ) -> Taken:
+        """Write entries of another store in one transaction: good frames, and what they name; ``due`` to other machines, or not.
 
         One that is here already stays as it is. One with another *answer* than the one here is kept beside it, see `conflicts`.
 
@@ -229,6 +235,7 @@ class Store:
                     others += 1
             events = [Stored("", tuple(value for value, _ in new))] if new and told else []
             self._put(new, shared, [encode_event(event) for event in events])
+            self.transfers.note([value for value, _ in new] if due else ())
         return Taken(len(new), len(frames) - len(new) - others, others)
 
     def objects(self) -> Iterator[tuple[str, bytes]]:
@@ -351,12 +358,9 @@ class Store:
         bad += [(wanted[value], None, _unreadable(wanted[value], why)) for value, why in unreadable]
         if bad:
             found.update((key, error) for key, _, error in bad)
-            self._set_aside(bad)
+            self.corrupt_count += len(bad)
+            self._rows.set_aside([(key.value, frame, str(error)) for key, frame, error in bad])
         return found
-
-    def _set_aside(self, bad: Sequence[tuple[Digest, Any, FrameError]]) -> None:
-        self.corrupt_count += len(bad)
-        self._rows.set_aside([(key.value, frame, str(error)) for key, frame, error in bad])
 
     def _state(self) -> tuple[str, int]:
         """Id and last journal number, made where absent. Within a transaction.

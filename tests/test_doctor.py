@@ -78,34 +78,14 @@ def test_little_room(folder, monkeypatch):
     assert look(folder)["free disk"].state == "wrong"
 
 
-MOUNTS = """/dev/sda1 / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-/dev/sdb1 /home/local\\040disk xfs rw 0 0
-remote /mnt/far fuse.sshfs rw 0 0
-//nas/share /mnt/share cifs rw 0 0
-"""
-
-
-@pytest.mark.parametrize(
-    "path, kind, far",
-    [
-        ("/var/cache", "ext4", False),
-        ("/home/me/.cache", "nfs4", True),
-        ("/home/local disk/cache", "xfs", False),
-        ("/homes", "ext4", False),
-        ("/mnt/far/x", "fuse.sshfs", True),
-        ("/mnt/share", "cifs", True),
-    ],
-)
-def test_network_mounts_are_known(tmp_path, path, kind, far):
-    mounts = tmp_path / "mounts"
-    mounts.write_text(MOUNTS)
-    assert doctor.file_system(Path(path), mounts) == kind
-    assert bool(doctor._NETWORK.match(kind)) is far
-
-
-def test_a_network_mount_is_wrong(folder, monkeypatch):
-    monkeypatch.setattr(doctor, "file_system", lambda path: "nfs")
+def test_a_folder_that_machines_share(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVALCACHE_NETWORK", "1")
+    monkeypatch.setenv("EVALCACHE_LOCAL_DIR", str(tmp_path / "local"))
+    found = look(folder)
+    assert found["file system"].state == "ok" and str(tmp_path / "local") in found["file system"].found
+    assert "import" in found["former store"].hint and "not made yet" in found["store"].found
+    monkeypatch.setenv("EVALCACHE_NETWORK", "0")
+    monkeypatch.setattr(doctor, "is_remote", lambda path: True)
     assert look(folder)["file system"].state == "wrong"
 
 

@@ -20,7 +20,7 @@ LEVELS = {
     "errors": 0,
     "digest": 1,
     "faults": 1,  # warnings, each said once
-    "folder": 1,  # where the cache folder is
+    "folder": 1.5,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
     "printing": 1.5,  # nor this
@@ -87,7 +87,9 @@ LEVELS = {
     "restoring": 5,  # entries rebuilt from the ledger
     "mending": 5.5,  # all of it put right
     "entryview": 5,
-    "exchange": 5,  # entries as one file
+    "transfers": 3.5,  # what a store gives to other machines and has had of them
+    "segments": 4.6,  # entries that machines exchange through a folder they share
+    "exchange": 4.5,  # entries as one file
     "planning": 5.5,  # a cache that only looks up
     "budget": 5.5,  # a cache whose run ends when its budget is spent
     "estimates": 5,  # what requests should take
