@@ -231,7 +231,8 @@ class Leases:
         by_row = {_row(key): key for key in keys}
         taken = set()
         for rows in self._rows.select(list(by_row), []):
-            taken |= {by_row[row] for row, value in rows if _holder(row, value) in others}
+            # (A damaged index leads to rows that were not asked for.)
+            taken |= {by_row[row] for row, value in rows if row in by_row and _holder(row, value) in others}
         return taken
 
     def _sweep(self, others: set[str]) -> None:

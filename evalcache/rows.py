@@ -13,6 +13,7 @@ import os
 import sqlite3
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ _UPSERT = (
 _FORK_WAIT_S = 5.0
 _PAGE_BYTES = 8192
 _BAD_ROW_CODES = frozenset({None, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_IOERR})  # None: undecodable text where bytes belong
+# The last: what SQLite says of a damaged schema may hold bytes that are no text.
+_FAULTS = (sqlite3.Error, UnicodeDecodeError)
+_MISREAD = (TypeError, ValueError, AttributeError, AssertionError)  # diskcache's, of values in its tables that it has not written
 _SETTINGS: dict[str, Any] = {
     "statistics": 0,
     "eviction_policy": "none",
@@ -113,7 +117,7 @@ class Rows:
             _make_database(self._file)
             # Absolute, because diskcache opens connections later, when the working directory may be another.
             return diskcache.Cache(str(self._file.parent), timeout=self.timeout_s, disk=BytesDisk, **_SETTINGS)
-        except (OSError, sqlite3.Error, diskcache.Timeout, TypeError, ValueError, AssertionError) as error:
+        except (*_FAULTS, *_MISREAD, OSError, diskcache.Timeout) as error:
             raise self.unusable("cannot be opened", error) from error
 
     def reopen(self) -> None:
@@ -153,7 +157,7 @@ class Rows:
             width = next(width for width in _WIDTHS if width >= len(chunk))
             try:
                 yield self._cache._sql(_SELECT[width], (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()
-            except sqlite3.Error:
+            except _FAULTS:
                 yield self._select_singly(chunk, unreadable)
 
     def _in_place(self, keys: Sequence[bytes]) -> Iterator[list[tuple[bytes, Any]]]:
@@ -168,7 +172,7 @@ class Rows:
             for start in range(0, len(places), width):
                 some = places[start : start + width]
                 yield self._cache._sql(_AT_PLACES, (*some, *some[-1:] * (width - len(some)))).fetchall()
-        except sqlite3.Error:
+        except _FAULTS:
             return  # the caller asks for the rest by key, and finds out which rows are damaged
 
     def _select_singly(self, keys: Sequence[bytes], unreadable: list[tuple[bytes, str]]) -> list[tuple[bytes, Any]]:
@@ -176,7 +180,7 @@ class Rows:
         for key in keys:
             try:
                 found += self._cache._sql(_SELECT[1], (key,)).fetchall()
-            except sqlite3.Error as error:
+            except _FAULTS as error:
                 code = getattr(error, "sqlite_errorcode", None)
                 if (code & 0xFF if code else None) not in _BAD_ROW_CODES:
                     raise self.unusable("cannot be read", error) from error
@@ -191,7 +195,7 @@ class Rows:
         """
         try:
             return self._cache._sql(statement, tuple(values)).fetchall()
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise self.unusable("cannot be read", error) from error
 
     def version(self) -> tuple[int, int]:
@@ -231,7 +235,7 @@ class Rows:
                     yield
             except diskcache.Timeout as error:
                 raise self.unusable(f"was not free for {doing} within {self.timeout_s} s", "another process writes") from error
-            except sqlite3.Error as error:
+            except _FAULTS as error:
                 raise self.unusable(f"failed while {doing}", error) from error
             finally:
                 # A failed COMMIT, or a signal between BEGIN and diskcache's note of it, leaves the transaction open.
@@ -256,7 +260,7 @@ class Rows:
         """
         try:
             return self._cache.get(key)
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise self.unusable("cannot be read", error) from error
 
     def delete(self, after: str, through: str) -> None:
@@ -292,8 +296,10 @@ class Rows:
     def check(self) -> list[str]:
         """What SQLite's and diskcache's own integrity checks find. Other processes cannot write meanwhile."""
         try:
-            found = self._cache.check(retry=True)
-        except (sqlite3.Error, OSError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")  # they are its findings: whoever silences warnings does not mean these
+                found = self._cache.check(retry=True)
+        except (*_FAULTS, *_MISREAD, OSError) as error:
             return [f"{self.directory}: {error}"]
         # Other files in the folder are not ours to judge; diskcache would call them strays of its own.
         strays = (diskcache.UnknownFileWarning, diskcache.EmptyDirWarning)

@@ -350,7 +350,9 @@ class Store:
         with paused_for(len(keys)):
             for rows in self._rows.select(list(wanted), unreadable):
                 for value, frame in rows:
-                    key = wanted[value]
+                    key = wanted.get(value)
+                    if key is None:  # a damaged index leads from the key of one row to another one
+                        continue
                     try:
                         found[key] = decode_frame(key, frame)
                     except FrameError as error:

@@ -50,7 +50,7 @@ Tell = Callable[[Any], None]
 
 
 @functools.cache
-def _context() -> Any:
+def fork_server() -> Any:
     """Where processes come from, with this file imported and nothing open."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed"])
@@ -361,7 +361,7 @@ class Campaign:
         """One process, killed at a moment, at a line, or when it has finished; what it said, and how long it took."""
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.copytree(self._template, self._folder)
-        context = _context()
+        context = fork_server()
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_act, args=(self.phase, self._folder, theirs, at, counting))
         process.start()
