@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from evalcache.amounts import parse_date
 from evalcache.auditviews import SUMS
 from evalcache.digest import Digest
-from evalcache.errors import AuditError
+from evalcache.errors import AmountError, AuditError
 from evalcache.figures import NO_LOADS, Counted, Report, Row
 from evalcache.ledger import Ask, Ledger
 from evalcache.misses import explain_causes
@@ -306,13 +307,10 @@ def _expensive(ask: Ask) -> list[dict[str, Any]]:
 
 
 def _parse_since(since: str | None) -> str | None:
-    if since is None:
-        return None
     try:
-        found = datetime.datetime.fromisoformat(since)
-    except ValueError as error:
-        raise AuditError(f"not a date: {since!r}", hint="for example 2026-11-01 or 2026-11-01T08:00", found=since) from error
-    return (found.astimezone(datetime.UTC).replace(tzinfo=None) if found.tzinfo else found).isoformat(" ")
+        return None if since is None else parse_date(since).isoformat(" ")
+    except AmountError as error:
+        raise AuditError(error.message, hint=error.hint, found=since) from error
 
 
 def _said_time(value: datetime.datetime | None) -> str | None:

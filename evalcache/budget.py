@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evalcache.amounts import parse_seconds
 from evalcache.cache import Cache
-from evalcache.errors import BUDGET_EXIT_CODE, BudgetError
+from evalcache.errors import BUDGET_EXIT_CODE, AmountError, BudgetError
 from evalcache.faults import tell
 from evalcache.measuring import Busy, Meter
 from evalcache.prices import Prices
 
-_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d)(?![a-z])\s*", re.IGNORECASE)
 _MONEY = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{3})")
 _HINT = "a time (2h, 90min, 1h30m) or money (20EUR)"
 
@@ -49,13 +48,13 @@ class Budget:
         (Budget(amount=5400.0, currency=''), Budget(amount=20.0, currency='EUR'))
         """
         text = text.strip()
-        parts = list(_TIME.finditer(text))
-        if parts and "".join(part.group() for part in parts) == text:
-            found = cls(sum(float(part[1]) * _UNITS[part[2].lower()] for part in parts))
-        elif money := _MONEY.fullmatch(text):
+        try:
+            found = cls(parse_seconds(text))
+        except AmountError as error:
+            money = _MONEY.fullmatch(text)
+            if money is None:
+                raise BudgetError(f"not a budget: {text!r}", hint=_HINT, found=text) from error
             found = cls(float(money[1]), money[2].upper())
-        else:
-            raise BudgetError(f"not a budget: {text!r}", hint=_HINT, found=text)
         if not found.amount > 0:
             raise BudgetError(f"a budget of nothing: {text!r}", hint=_HINT, found=text)
         return found

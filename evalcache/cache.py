@@ -86,6 +86,7 @@ class Cache:
         self.meter = Meter()
         self.clients: dict[str, str] = {}
         """Eval clients that are held on to in this process, with their versions."""
+        self.evicted: Any = None  # what left the store at the end, as a `pruning.Amount`
         self._client = ""  # the one of them that asked first
         self.directory = local_folder(shared)
         make_folder(self.directory)
@@ -290,19 +291,24 @@ class Cache:
             self._tell_used()
             self._outbox.tell(RunEnded(self.run_id, time.time(), status, exit_code))
             self._outbox.commit(last=True)
-            self.sync()
+            told_at = time.time()
+            if self.sync() and os.environ.get("EVALCACHE_MAX_SIZE") and self.policy.writes:
+                from evalcache.pruning import evict
+
+                self.evicted = evict(self.store, told_at=told_at, run=self.run_id)
         self.store.close()
 
-    def sync(self) -> None:
-        """Bring the ledger up to date. A ledger that somebody else holds delays this and nothing else."""
+    def sync(self) -> bool:
+        """Bring the ledger up to date; says whether it is. One that somebody else holds delays this and nothing else."""
         if self.policy is Policy.READ_ONLY or self.store_is_broken:
-            return
-        began = time.perf_counter()
+            return False
+        began, told = time.perf_counter(), False
         if not self._closed:
             self._tell_used()
         try:
             with self.counts.taking("sync"):
                 Ledger(self.ledger_path).sync(self.store, last_of=self.run_id if self._closed else None)
+            told = True
         except LedgerLockedError:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:
@@ -312,6 +318,7 @@ class Cache:
                 self._segments.push()
         self._sync_seconds = time.perf_counter() - began
         self._synced_at = time.monotonic()
+        return told
 
     # --- inside --------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ imports torch.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -17,7 +18,7 @@ from evalcache.cli_exchange import conflicts, export, import_
 from evalcache.cli_options import Place, asks_a_cache, asks_for_prices
 from evalcache.cli_pages import report, ui
 from evalcache.cli_reports import audit, explain, explain_run
-from evalcache.cli_store import verify
+from evalcache.cli_store import prune, verify
 from evalcache.errors import EvalCacheError
 from evalcache.progress import progress_bar
 from evalcache.session import disable
@@ -90,6 +91,10 @@ def run(
         return found if isinstance(found, int) else found.tell(json_path)
     if json_path is not None:
         raise click.UsageError("--json FILE is for --ab")
+    if os.environ.get("EVALCACHE_MAX_SIZE"):
+        from evalcache.pruning import size_limit
+
+        size_limit()  # said now, and not in a warning at the end
     if budget is not None:
         from evalcache.plan import run_with_budget
 
@@ -297,7 +302,7 @@ def path(directory: str | None, as_json: bool) -> None:
         print(place.given)
 
 
-for _verb in (audit, conflicts, explain, explain_run, export, import_, report, ui, verify):
+for _verb in (audit, conflicts, explain, explain_run, export, import_, prune, report, ui, verify):
     commands.add_command(_verb)
 
 

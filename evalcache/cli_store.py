@@ -42,3 +42,86 @@ def verify(fix: bool, directory: str | None, as_json: bool) -> int:
         print(visible(f"`evalcache verify --fix` would {sentence}"))
     print_fields({name: value for name, value in found.to_json().items() if isinstance(value, int)})
     return int(not found.good)
+
+
+@click.command()
+@click.option("--older-than", metavar="AGE", help="Entries that were computed so long ago: 30d, 12h.")
+@click.option(
+    "--max-size", metavar="SIZE", help="As many as make what is stored fit (10GB, 500MiB), the cheapest per byte first."
+)
+@click.option("--model", metavar="NAME|DIGEST", help="Entries of a model.")
+@click.option("--run", metavar="ID|last", help="Entries that a run computed.")
+@click.option("--producer", metavar="VERSIONS", help="Entries of runs with such a version: '<0.2' (evalcache's), 'torch<2.13'.")
+@click.option("--vacuum", is_flag=True, help="Give empty room in the store's file back to the disk. Writers wait meanwhile.")
+@click.option("--yes", is_flag=True, help="Do it. Without this, nothing but a table of what would go.")
+@asks_a_cache
+def prune(
+    older_than: str | None,
+    max_size: str | None,
+    model: str | None,
+    run: str | None,
+    producer: str | None,
+    vacuum: bool,
+    yes: bool,
+    directory: str | None,
+    as_json: bool,
+) -> None:
+    """Remove stored entries for which all of this holds. A dry run, unless --yes is given.
+
+    Shows entries, bytes, and the measured seconds that it would take to compute them again, by model. Where a size is to be
+    reached, those go first that cost least by the byte. What was asked and answered stays in the ledger; what is asked again is
+    computed again. A size is of what is stored: the file keeps its length, and its empty room is used again, until --vacuum.
+
+    Nothing is ever removed unasked, unless EVALCACHE_MAX_SIZE is set: then runs do so at their end, and their line says it.
+    """
+    import time
+
+    from evalcache.amounts import parse_bytes
+    from evalcache.names import names_of_models
+    from evalcache.pruning import plan_prune, vacuum_store
+    from evalcache.pruning import prune as prune_store
+    from evalcache.selection import select
+
+    limit = None if max_size is None else parse_bytes(max_size)
+    asked = {"model": model, "run": run, "older_than": older_than, "producer": producer}
+    if limit is None and not any(asked.values()) and not vacuum:
+        raise click.UsageError("say what is to go: --older-than, --max-size, --model, --run or --producer")
+    place, told_at = Place(directory), time.time()
+    ledger, store = place.synced(), place.store
+    told: dict[str, object] = {"dry_run": not yes}
+    if limit is not None or any(asked.values()):
+        holds = select(ledger, **asked).holds
+        with progress_bar("looking at the store") as tell:
+            plan = plan_prune(store, holds, limit, told_at=told_at, progress=tell)
+        with ledger.reading() as ask:
+            told |= plan.to_json(names_of_models(ask))
+        if yes:
+            with progress_bar("pruning") as tell:
+                told["removed"] = prune_store(store, plan, progress=tell)
+            place.synced()
+    if vacuum and yes:
+        told["vacuumed_bytes"] = vacuum_store(store)
+    _print_pruned(told, as_json)
+
+
+def _print_pruned(told: dict, as_json: bool) -> None:
+    from evalcache.printing import print_fields, print_json, print_table, said_bytes
+
+    if as_json:
+        print_json(told)
+        return
+    if "by_model" in told:
+        rows = [
+            (
+                ", ".join(one["names"]) or one["model"],
+                one["entries"],
+                said_bytes(one["size_bytes"]),
+                one["seconds"],
+                one["unmeasured"],
+            )
+            for one in told.pop("by_model")
+        ]
+        print_table(("model", "entries", "size", "seconds to compute again", "unmeasured"), rows, empty="nothing to remove")
+    print_fields(told)
+    if told["dry_run"]:
+        print("a dry run: --yes does it")

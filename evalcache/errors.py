@@ -88,6 +88,10 @@ class UnknownNameError(EvalCacheError):
     """A run, key or checkpoint was named that does not exist here. Fields: ``found`` (the name given)."""
 
 
+class AmountError(EvalCacheError):
+    """A time, a size, a date or a range of versions cannot be read. Fields: ``found`` (what was given)."""
+
+
 class AuditError(EvalCacheError):
     """An audit was asked for something that it cannot tell. Fields: ``found`` (what was given)."""
 

@@ -204,7 +204,9 @@ class Scored:
     requests: tuple[bytes, ...]
 
 
-OVERHEAD_KINDS = ("start", "fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync", "last_sync")
+OVERHEAD_KINDS = (
+    "start", "fingerprint", "probe", "checks", "keys", "lookup", "decode", "write", "sync", "last_sync", "prune", "recompute",
+)  # fmt: skip
 
 Event = (
     RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | Removed | LookedUp | Overhead | Measured

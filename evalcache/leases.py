@@ -148,8 +148,16 @@ class Leases:
         Raises:
             StoreError: the store cannot be read.
         """
+        return len(self.taken(keys)) < len(set(keys))
+
+    def taken(self, keys: Sequence[Digest]) -> set[Digest]:
+        """Those of the keys that other live processes compute. Writes nothing.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
         self._here()
-        return len(self._taken(keys, self._live_others())) < len(set(keys))
+        return self._taken(keys, self._live_others())
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

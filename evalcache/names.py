@@ -65,6 +65,33 @@ def find_manifest(text: str, open_ledger: Callable[[], Ledger]) -> Manifest:
     return Manifest.from_bytes(_only(text, manifests, "model", hint))
 
 
+def find_models(ask: Ask, text: str) -> set[Digest]:
+    """The roots of a model, of which there are several where what stood under its name has changed.
+
+    Args:
+        ask: of an open ledger. text: the name under which runs met it, or its root digest (or at least four digits of it).
+
+    Raises:
+        UnknownNameError: there is no such model, or digits fit more than one. Fields: ``found``.
+    """
+    named = {row[0] for row in ask("SELECT DISTINCT model FROM model_names WHERE name = ? AND model IS NOT NULL", [text]).rows}
+    if not named and (digits := _digits(text)):
+        sql = "SELECT DISTINCT model FROM requests WHERE starts_with(replace(model::VARCHAR, '-', ''), ?)"
+        named = {row[0] for row in ask(sql, [digits]).rows}
+        if len(named) > 1:
+            raise UnknownNameError(f"{len(named)} models start with {text}", hint="give more digits", found=text)
+    if not named:
+        hint = "`evalcache query 'SELECT names, digest FROM models_in_order'` lists them"
+        raise UnknownNameError(f"no model {text!r} in the ledger", hint=hint, found=text)
+    return {Digest.parse(root) for root in named}
+
+
+def names_of_models(ask: Ask) -> dict[str, list[str]]:
+    """Root (hex) → the names under which runs met that model."""
+    named = ask("SELECT model, list(DISTINCT name ORDER BY name) FROM model_names WHERE name <> '' GROUP BY model").rows
+    return {root: names for root, names in named if root}
+
+
 def find_run(ask: Ask, run: str) -> str:
     """The id of a run.
 

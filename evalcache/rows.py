@@ -275,6 +275,13 @@ class Rows:
         """Delete rows that still hold the value given. Within a `transaction`."""
         self._cache._con.executemany("DELETE FROM Cache WHERE raw = 1 AND key = ? AND value IS ?", rows)
 
+    def remove_elder(self, keys: Sequence[bytes | str], stored_before: float) -> list[bytes | str]:
+        """Delete rows that were written before a time (Unix seconds); returns the keys that went. Within a `transaction`."""
+        where = f"raw = 1 AND key IN ({', '.join('?' * len(keys))}) AND store_time < ?"
+        gone = [key for (key,) in self.query(f"SELECT key FROM Cache WHERE {where}", (*keys, stored_before))]
+        self.query(f"DELETE FROM Cache WHERE {where}", (*keys, stored_before))
+        return gone
+
     def set_aside(self, rows: Sequence[tuple[bytes | str, Any, str]]) -> None:
         """Rename bad rows (key, value as read, why) to ``aside/…`` and warn; best effort, never an error.
 

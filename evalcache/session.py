@@ -220,7 +220,7 @@ class Session:
         tells = cache.policy.writes and not cache.store_is_broken
         why = _explain(cache) if counts.misses and not counts.hits and tells else []
         ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
-        _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks))
+        _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks, evicted=cache.evicted))
 
 
 def enable(directory: str | os.PathLike[str] | None = None, *, policy: str | None = None, match: str | None = None) -> Session:

@@ -27,7 +27,17 @@ def calls_seen(counts: Counts) -> int:
     return counts.hits + counts.misses + counts.duplicates + sum(counts.uncacheable.values())
 
 
-def format_summary(counts: Counts, ledger: str, *, why: Sequence[str] = (), ranks: int = 1) -> str:
+class Evicted(Protocol):
+    """What left the store, because a size limit was passed."""
+
+    entries: int
+    size_bytes: int
+    seconds: float
+
+
+def format_summary(
+    counts: Counts, ledger: str, *, why: Sequence[str] = (), ranks: int = 1, evicted: Evicted | None = None
+) -> str:
     """The line, without its line end.
 
     Args:
@@ -35,6 +45,7 @@ def format_summary(counts: Counts, ledger: str, *, why: Sequence[str] = (), rank
         ledger: path of the ledger, as it is shown.
         why: reasons for having hit nothing; shown only where there were misses and no hits.
         ranks: processes of the launch; the line of a launch says that it is one process's.
+        evicted: what left the store at the end.
     """
     overhead_s = sum(counts.overhead.values())
     parts = [
@@ -49,6 +60,9 @@ def format_summary(counts: Counts, ledger: str, *, why: Sequence[str] = (), rank
     if digests:
         shown = ", ".join(f"{ALGORITHM}:{digest.hex[:_DIGITS]}…" for digest in digests)
         parts.append(f"{'model' if len(digests) == 1 else 'models'} {shown}")
+    if evicted is not None and evicted.entries:
+        size = f"{evicted.size_bytes / 1e6:,.1f} MB, {format_seconds(evicted.seconds)} to compute again"
+        parts.append(f"evicted {_number(evicted.entries, 'entry', 'entries')} ({size}) to keep to EVALCACHE_MAX_SIZE")
     parts.append(f"ledger {ledger}")
     rank = f" (rank 0 of {ranks}; `evalcache stats --run last` adds all up)" if ranks > 1 else ""
     return f"evalcache{rank}: {'; '.join(parts)}"

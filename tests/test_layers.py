@@ -84,6 +84,9 @@ LEVELS = {
     "verification": 5,
     "salvage": 4.5,  # a damaged file of a store
     "ledger_mending": 4.5,  # a damaged ledger
+    "amounts": 1,  # what a person types for times and sizes
+    "selection": 5.2,  # which entries a person means
+    "pruning": 4.8,  # entries that leave the store
     "restoring": 5,  # entries rebuilt from the ledger
     "mending": 5.5,  # all of it put right
     "entryview": 5,
@@ -126,6 +129,7 @@ DOORS = {
     "jinja2": {"report"},
     "pynvml": {"measuring"},
     "torch": {"adapters", "device_sums", "environment", "integrations", "interception", "tensors", "walk", "weights", "wrappers"},
+    "packaging": {"amounts"},
     "transformers": {"environment", "integrations"},
     "vl_convert": {"report"},
     "xxhash": {"digest"},
