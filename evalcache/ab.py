@@ -23,7 +23,6 @@ apart from start-up times that vary. Where there is no quiet machine, ask it to 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -31,7 +30,6 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from evalcache.folder import default_folder, local_folder
 from evalcache.launch import cannot_run, is_off, launch_environment, warn_unreachable
 from evalcache.ledger import Ledger
 from evalcache.store import Store
+from evalcache.structs import Frozen, asdict, field, names_of
 from evalcache.summary import format_seconds
 
 TOLERANCE = 0.15
@@ -52,8 +51,7 @@ SELECT a.*, (SELECT count(DISTINCT (store, seq)) FROM runs WHERE run = $1) AS pr
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Frozen):
     """What the ledger says that one run has saved, in seconds, by the lines of its view ``audit_by_run``.
 
     Args:
@@ -84,8 +82,7 @@ class Claim:
         return reused_s + self.avoided_load_seconds - self.overhead_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Frozen):
     """One command, cached and bare. Seconds are of whole processes.
 
     Args:
@@ -149,7 +146,7 @@ class Comparison:
             "tolerance": TOLERANCE,
             "inside": self.inside,
             "not_compared": self.why_not or None,
-            "claim": dataclasses.asdict(self.claim),
+            "claim": asdict(self.claim),
             "outputs": str(self.folder),
         }
 
@@ -246,7 +243,7 @@ def run_compared(
 def read_claim(ledger: Ledger, run: str) -> Claim:
     """What the ledger says that a run has saved; nothing for a run that it does not know."""
     table = ledger.query(_CLAIM, [run])
-    known = {spec.name for spec in dataclasses.fields(Claim)}
+    known = set(names_of(Claim))
     return Claim(**{name: value for row in table.rows for name, value in zip(table.columns, row, strict=True) if name in known})
 
 

@@ -7,10 +7,8 @@ that anybody can check it; prices are applied here and never stored.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from evalcache.amounts import parse_date
@@ -23,12 +21,12 @@ from evalcache.misses import explain_causes
 from evalcache.names import find_run
 from evalcache.prices import Prices, read_prices
 from evalcache.schema import quoted
+from evalcache.structs import Frozen, field, names_of
 
 MOST_EXPENSIVE = 20
 
 
-@dataclass(frozen=True, slots=True)
-class RunSummary:
+class RunSummary(Frozen):
     """What one run asked, reused, spent and saved; all its processes together.
 
     Args:
@@ -68,7 +66,7 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, for `json.dumps`."""
-        return {spec.name: _listed(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
+        return {name: _listed(getattr(self, name)) for name in names_of(self)}
 
 
 def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
@@ -97,7 +95,7 @@ def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
             [run],
         )
     digests = tuple(str(Digest.parse(row[0])) for row in models.rows)
-    given = {name: found[name] for name in (spec.name for spec in dataclasses.fields(RunSummary)) if name in found}
+    given = {name: found[name] for name in names_of(RunSummary) if name in found}
     for name in ("started_at", "ended_at"):
         given[name] = _said_time(found[name])
     return RunSummary(
@@ -112,8 +110,7 @@ def summarise(ledger: Ledger, run: str = "last") -> RunSummary:
 # --- the report ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _By:
+class _By(Frozen):
     """How one grouping is asked.
 
     Args:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.amounts import parse_seconds
@@ -25,13 +24,13 @@ from evalcache.errors import BUDGET_EXIT_CODE, AmountError, BudgetError
 from evalcache.faults import tell
 from evalcache.measuring import Busy, Meter
 from evalcache.prices import Prices
+from evalcache.structs import Frozen
 
 _MONEY = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{3})")
 _HINT = "a time (2h, 90min, 1h30m) or money (20EUR)"
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(Frozen):
     """What a run may take: ``amount`` seconds, or of ``currency`` where that is not empty."""
 
     amount: float

@@ -86,6 +86,11 @@ def digest_canonical(value: Any) -> Digest:
     return digest_bytes(encode_canonical(value))
 
 
+def digest_trusted(value: Any) -> Digest:
+    """`digest_canonical` for a value that this package built itself, as `encode_trusted`."""
+    return digest_bytes(encode_trusted(value))
+
+
 def decode(data: bytes) -> Any:
     """The value that `encode_canonical` wrote.
 

@@ -10,7 +10,6 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from evalcache.errors import CheckpointError
 from evalcache.filememo import FileMemo, FileStamp
 from evalcache.leaf import leaf_digest
 from evalcache.manifest import Manifest, ModuleRecord, TensorRecord
+from evalcache.structs import Frozen
 from evalcache.tensorfile import FileContent, StoredTensor, parse_json, read_safetensors
 from evalcache.torchfile import read_torch_file
 
@@ -42,8 +42,7 @@ _THREADS = 2  # one reads at about memory speed, two saturate it
 _TIED_NAMES = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
+class _Kept(Frozen):
     """One tensor of a file, hashed; ``offset`` tells which ones share their bytes."""
 
     name: str

@@ -7,10 +7,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from evalcache.digest import Digest
+from evalcache.structs import Struct, field
 
 _adding = threading.Lock()
 
@@ -22,8 +22,7 @@ class _Inner(threading.local):
         self.seconds: list[float] = []
 
 
-@dataclass
-class Counts:
+class Counts(Struct):
     """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root.
 
     ``overhead``: seconds that evalcache itself took, by kind (`journal.OVERHEAD_KINDS`); see `taking`.

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from evalcache.integrations.clients import CLIENTS, Client, version_of_client
 from evalcache.ledger import Ledger
 from evalcache.printing import said_bytes
 from evalcache.store import Store
+from evalcache.structs import Frozen
 
 LEAST: dict[str, tuple[int, ...]] = {"torch": (2, 6), "transformers": (5, 0), "duckdb": (1, 5, 5), "diskcache": (5, 6, 3)}
 """The least versions, as in pyproject.toml."""
@@ -34,8 +34,7 @@ _PATIENCE_S = 2.0
 _WRITES = 120  # the byte of SQLite's shared memory that a writer locks. Source: sqlite.org/walformat.html, "WAL Locks"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(Frozen):
     """One thing that was looked at.
 
     Args:

@@ -5,7 +5,6 @@ And two entries that answer one question: in what they differ.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +14,7 @@ from evalcache.digest import Digest
 from evalcache.errors import FrameError, UnknownNameError
 from evalcache.records import Entry, unpack_logprobs, unpack_tokens
 from evalcache.store import Store
+from evalcache.structs import names_of
 
 
 def describe_entry(store: Store, key: Digest) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _fields(store: Store, digest: Digest) -> Any:
 def describe_conflict(mine: Entry, other: Entry) -> dict[str, Any]:
     """Two answers to one question: in what they differ, and what each says there."""
     one, two = mine.result, other.result
-    names = [spec.name for spec in dataclasses.fields(one) if spec.name != "cost"]
+    names = [name for name in names_of(one) if name != "cost"]
     differs = [name for name in names if getattr(one, name) != getattr(two, name)]
     said = [
         "; ".join(_said(name, getattr(result, name)) for name in differs if name not in ("arrays", "tokens") or differs == [name])

@@ -6,13 +6,12 @@ same model, any to models of its class and size; all of them on one device. Wher
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.ledger import Ask
+from evalcache.structs import Frozen, replace
 
 _SIZES = (0.8, 1.25)  # models within these shares of parameters are of one size
 _KINDS = {
@@ -43,8 +42,7 @@ WHERE list_contains($1, model::VARCHAR) AND list_contains(devices, $2)
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Seconds:
+class Seconds(Frozen):
     """An estimate with its range: the 10th and the 90th percentile of the like requests, for all of them alike.
 
     Args:
@@ -94,7 +92,7 @@ class Estimates:
                 ("models of this size", "list_contains({}, model::VARCHAR)", [self._family]),
             ):  # fmt: skip
                 if (found := self._measured(group, kinds, where, params)) is not None:
-                    return dataclasses.replace(found, like=f"{like}{'' if stored in kinds else ', asked one by one'}")
+                    return replace(found, like=f"{like}{'' if stored in kinds else ', asked one by one'}")
         return None
 
     def of_loading(self) -> Seconds | None:
@@ -102,7 +100,7 @@ class Estimates:
         for like, models in (("this model", [self._model]), ("models of this size", self._family)):
             ((count, *each),) = self._ask(_LOADS, [models, self._device]).rows
             if count:
-                return dataclasses.replace(_ordered(*each, count=count), like=like)
+                return replace(_ordered(*each, count=count), like=like)
         return None
 
     def _measured(self, group: Mapping[str, Any], kinds: Sequence[str], where: str, params: list[Any]) -> Seconds | None:

@@ -27,7 +27,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from evalcache.records import Taken
 from evalcache.rows import ROW_LIMIT_BYTES
 from evalcache.schema import quoted
 from evalcache.store import Store
+from evalcache.structs import Frozen
 
 FORMAT = "evalcache entries"
 VERSION = 1
@@ -57,8 +57,7 @@ _ABANDONED_S = 60.0
 _OBJECT = re.compile(r"(fields|model)/[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(Frozen):
     """What a file holds. ``damaged``: entries of the store that were left out, because they fail their checks."""
 
     entries: int

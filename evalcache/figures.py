@@ -5,16 +5,14 @@ Prices are applied here, when a report is made. What has no price or no measure 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.prices import Price, Prices
+from evalcache.structs import Frozen, replace
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(Frozen):
     """What one figure is: its unit, the view that it can be checked with, and what it means."""
 
     unit: str
@@ -79,8 +77,7 @@ NO_LOADS = (0, 0.0, 0, 0.0, 0)
 """The figures of `_LOADS` of a group without any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Frozen):
     """One row of a report. ``group``: None stands for requests that have none (no tag, no model, …). ``name``: for a person."""
 
     group: str | None
@@ -90,15 +87,14 @@ class Row:
     def without_money(self) -> Row:
         """The same with null in the place of all money."""
         figures = {name: None if name.startswith("money") else value for name, value in self.figures.items()}
-        return dataclasses.replace(self, figures=figures)
+        return replace(self, figures=figures)
 
     def to_json(self) -> dict[str, Any]:
         """Group, name and figures beside each other."""
         return {"group": self.group, "name": self.name, **self.figures}
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Frozen):
     """An audit of some runs.
 
     Args:

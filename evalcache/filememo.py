@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.errors import CanonicalError
 from evalcache.folder import default_folder, local_folder
 from evalcache.sidetable import SideTable
+from evalcache.structs import Frozen
 
 SETTLED_NS = 2_000_000_000
 """A file that was touched less than this before it was read is not remembered: another change could leave the same times
@@ -26,8 +26,7 @@ Source: git's "racy" index entries, Documentation/technical/racy-git.txt.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
+class FileStamp(Frozen):
     """By what a file is known again. Times in nanoseconds since 1970."""
 
     real_path: str

@@ -18,12 +18,9 @@ the ledger can be rebuilt from the store alone. One segment for both was rejecte
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import struct
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from sys import intern
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +31,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.digest import SIZE_BYTES, Digest, checksum
 from evalcache.errors import CanonicalError, FrameError
 from evalcache.records import Action, Array, Cost, Entry, Result
+from evalcache.structs import Frozen, field
 
 MAGIC = b"evcf"
 FRAME_VERSION = 1
@@ -49,8 +47,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})  # most results have no scala
 _LEVEL = 1  # level 3 saves another 2 % of a typical entry for twice the time
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(Frozen):
     """What an entry answers, as far as the frame holds it; settings and environment are shared objects of the store.
 
     Args:
@@ -66,18 +63,6 @@ class Question:
     tokens: bytes
     inputs: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _mutable(record: type) -> Any:
-    """A twin of a frozen record whose instances become the record by assigning ``__class__``.
-
-    A frozen dataclass sets each field through ``object.__setattr__``: four times the cost, half of a whole decode.
-    """
-    names = [spec.name for spec in dataclasses.fields(record)]
-    return dataclasses.make_dataclass(f"_{record.__name__}", names, slots=True, eq=False)
-
-
-_MutableCost, _MutableResult, _MutableEntry = _mutable(Cost), _mutable(Result), _mutable(Entry)
 
 
 class _Codec(threading.local):
@@ -154,20 +139,14 @@ def decode_entry(key: Digest, frame: bytes) -> Entry:
         if not (type(tokens) is bytes and type(logprobs) is bytes and type(scalars) is dict and type(run) is str):
             raise TypeError("a field has another type")
         if cost is not None:
-            cost = _MutableCost(*cost)
-            if not 0 <= cost.seconds < math.inf:
-                raise ValueError("a cost is not finite")
-            cost.__class__ = Cost
+            cost = Cost(*cost)
         if arrays:
             arrays = {name: Array(dtype, tuple(shape), data) for name, (dtype, shape, data) in arrays.items()}
         # Interned: a bulk of entries of one run holds its id once.
-        result = _MutableResult(
+        result = Result(
             tokens, text, logprobs, finish_reason and intern(finish_reason), scalars or _NOTHING, arrays or _NOTHING, cost
         )
-        result.__class__ = Result
-        entry = _MutableEntry(key, result, intern(run), created_at)
-        entry.__class__ = Entry
-        return entry
+        return Entry(key, result, intern(run), created_at)
     except (ValueError, TypeError, AttributeError) as error:
         raise _fault(key, f"the answer is not a result: {error}", "nine fields", type(content).__name__) from error
 

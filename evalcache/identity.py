@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from evalcache.filememo import FileMemo
 from evalcache.folder import default_folder, local_folder
 from evalcache.manifest import Manifest
 from evalcache.sidetable import SideTable
+from evalcache.structs import Frozen
 
 _FORMAT = "evalcache checkpoint 1"
 _ADAPTER_FORMAT = "evalcache adapter 1"
@@ -38,8 +38,7 @@ _PRESENCE_FIELDS = ("transformers_version",)
 _RELATIVE_IMPORTS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointIdentity:
+class CheckpointIdentity(Frozen):
     """What `from_pretrained` has to go on.
 
     Args:

@@ -7,12 +7,12 @@ under ``aside/<its key>``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from evalcache.digest import SIZE_BYTES, Digest
 from evalcache.errors import FrameError
 from evalcache.frame import decode_entry, decode_question, unseal
 from evalcache.rows import Rows
+from evalcache.structs import Frozen
 
 STATE = "store/state"
 ASIDE = "aside/"
@@ -26,8 +26,7 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
+class BadRow(Frozen):
     """A row that fails its checks: where it stands in the file, what it calls itself, and what is wrong with it."""
 
     rowid: int

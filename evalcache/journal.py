@@ -6,17 +6,15 @@ here: `Stored` names their keys and the sync reads them from the store.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.errors import CanonicalError
+from evalcache.structs import Frozen, asdict, field
 
 
-@dataclass(frozen=True, slots=True)
-class RunStarted:
+class RunStarted(Frozen):
     """A run began. ``run`` is its id (UUID hex); ``versions`` maps package → version; times are Unix seconds."""
 
     run: str
@@ -32,8 +30,7 @@ class RunStarted:
     tags: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RunEnded:
+class RunEnded(Frozen):
     """A run ended. ``status``: ``ok``, ``failed`` or ``interrupted``; a run without this event was killed."""
 
     run: str
@@ -42,8 +39,7 @@ class RunEnded:
     exit_code: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSeen:
+class ModelSeen(Frozen):
     """A run met a model: the store's object ``model/<root hex>`` holds its manifest. ``name`` as the caller named it."""
 
     run: str
@@ -52,8 +48,7 @@ class ModelSeen:
     role: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLoaded:
+class ModelLoaded(Frozen):
     """Weights were loaded, which took ``seconds``; zero such events in a run mean that the model stayed asleep."""
 
     run: str
@@ -61,16 +56,14 @@ class ModelLoaded:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Frozen):
     """Entries committed in this transaction, by key."""
 
     run: str
     keys: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Removed:
+class Removed(Frozen):
     """Entries that left the store in this transaction, by key. ``why``: as in the ledger's table ``removals``.
 
     ``run``: the run that removed them, empty where it was none.
@@ -82,8 +75,7 @@ class Removed:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class LookedUp:
+class LookedUp(Frozen):
     """Lookups of one call, as columns of equal length.
 
     Args:
@@ -111,8 +103,7 @@ class LookedUp:
     origins: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Overhead:
+class Overhead(Frozen):
     """Seconds that evalcache itself took since the last such event, by kind (`OVERHEAD_KINDS`)."""
 
     run: str
@@ -120,8 +111,7 @@ class Overhead:
     seconds: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Frozen):
     """What a process of a run saw of a device since the last such event; one that measures nothing tells nothing.
 
     Args:
@@ -138,8 +128,7 @@ class Measured:
     energy_joules: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TaskSeen:
+class TaskSeen(Frozen):
     """A run evaluates a task. A task that the ledger knows in this version and with these settings is not written again.
 
     The store keeps no tasks, documents and scores once the ledger has them: a ledger that is lost loses them.
@@ -157,8 +146,7 @@ class TaskSeen:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentsSeen:
+class DocumentsSeen(Frozen):
     """Documents of one task, as columns of equal length. Those that the ledger knows by name and digest are not written again.
 
     An event is held in memory as a whole: at most a few thousand documents and a few megabytes each; more are several events.
@@ -177,8 +165,7 @@ class DocumentsSeen:
     contents: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(Frozen):
     """What answers of one task were worth, as columns of equal length: one row for each document and metric.
 
     An event is held in memory as a whole: at most a few thousand rows; more are several events.
@@ -222,9 +209,8 @@ def encode_event(event: Event) -> bytes:
         CanonicalError: some part has a type that has no canonical bytes.
     """
     values: dict[str, Any] = {}
-    for spec in dataclasses.fields(event):
-        value = getattr(event, spec.name)
-        values[spec.name] = dict(value) if isinstance(value, Mapping) else value
+    for name, value in asdict(event).items():
+        values[name] = dict(value) if isinstance(value, Mapping) else value
     try:
         return encode_canonical([type(event).__name__, values])
     except UnicodeEncodeError:

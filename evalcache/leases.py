@@ -24,13 +24,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError, FrameError, StoreError
 from evalcache.frame import seal, unseal
 from evalcache.rows import Rows
+from evalcache.structs import Frozen
 
 LEASE_S = 10.0
 RENEW_S = 4.0
@@ -42,8 +42,7 @@ _WORKERS = ("worker/", "worker0")
 _LEASES = ("lease/", "lease0")
 
 
-@dataclass(frozen=True, slots=True)
-class _Worker:
+class _Worker(Frozen):
     process: tuple[str, int, str]
     expires_at: float
 

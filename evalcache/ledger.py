@@ -16,7 +16,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import filelock
 from evalcache.errors import LedgerError, LedgerLockedError
 from evalcache.intake import Intake, JournalSource, execute
 from evalcache.schema import STEPS, VERSION, comments, quoted
+from evalcache.structs import Frozen
 
 LOCK_TIMEOUT_S = 10.0
 """How long to queue behind other processes of evalcache."""
@@ -45,8 +45,7 @@ _LOCKED = (
 Ask = Callable[..., "Table"]
 
 
-@dataclass(frozen=True, slots=True)
-class SyncReport:
+class SyncReport(Frozen):
     """What a sync or rebuild did. ``skipped``: entries or events that were damaged, or gone before they could be told."""
 
     events: int
@@ -55,8 +54,7 @@ class SyncReport:
     skipped: int
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Frozen):
     """The answer to a query. Digests are 32 hex digits, JSON is text, times are UTC."""
 
     columns: tuple[str, ...]

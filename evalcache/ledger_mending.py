@@ -11,12 +11,12 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from evalcache.errors import LedgerError, LedgerLockedError
 from evalcache.ledger import Ledger
 from evalcache.schema import columns, quoted
+from evalcache.structs import Frozen, field
 
 FROM_STORE = ("requests", "outputs", "models", "modules", "fields")
 """Tables that a rebuild fills from the store."""
@@ -25,8 +25,7 @@ _RANGE_ROWS = 122_880  # DuckDB's row group: what a broken block takes with it
 _NOT_DAMAGE = ("No space left", "Permission denied", "Cannot open file", "Out of Memory", "Read-only file system")
 
 
-@dataclass(frozen=True, slots=True)
-class MendedLedger:
+class MendedLedger(Frozen):
     """What became of a damaged ledger. ``lost``: table → rows that could not be read, None where nobody knows how many."""
 
     moved_to: Path

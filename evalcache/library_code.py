@@ -16,7 +16,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evalcache.canonical import digest_canonical, encode_trusted
+from evalcache.canonical import digest_trusted, encode_trusted
 from evalcache.code import (
     BUILTINS,
     CLASS_NOISE,
@@ -148,7 +148,7 @@ class LibraryCode:
                 bases = [base for base in cls.__mro__ if base is not object]
                 parts = [self._class(base) for base in bases]
                 beside = self._reached([base.__module__ for base in bases])
-            found = self._digests[cls] = digest_canonical([class_name(cls), parts, beside])
+            found = self._digests[cls] = digest_trusted([class_name(cls), parts, beside])
         return found
 
     def function(self, function: types.FunctionType) -> bytes:
@@ -177,7 +177,7 @@ class LibraryCode:
                         inside = [] if module is None else [*vars(module).values()]
                         classes = [value for value in inside if isinstance(value, type) and value.__module__ == name]
                         parts += [self._class(cls) for cls in sorted(classes, key=class_name)]
-            found = self._runtimes[transformers] = digest_canonical(parts)
+            found = self._runtimes[transformers] = digest_trusted(parts)
         return found
 
     # --- hashing -------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class LibraryCode:
         version = version_of(top) or "" if top and top != "python" else ""
         found = self._classes.get(cls)  # not by name: classes that are made at run time share theirs
         if found is None:
-            found = self._classes[cls] = digest_canonical(self._namespace(cls, name))
+            found = self._classes[cls] = digest_trusted(self._namespace(cls, name))
         return [name, top or "", version, found.value]
 
     def _reached(self, names: list[str]) -> list[Any]:
@@ -207,7 +207,7 @@ class LibraryCode:
             if known is None:
                 content = self._namespace(module, name)
                 homes = frozenset(_homes(module)) if not compiled else frozenset()
-                known = self._modules[name] = digest_canonical(content), homes
+                known = self._modules[name] = digest_trusted(content), homes
             found[name] = known[0].value
             waiting += known[1]
         return [[name, found[name]] for name in sorted(found)]
@@ -325,7 +325,7 @@ class LibraryCode:
             cells.append(self._cell(inside, where))
         keywords = [[name, self._cell(value, where)] for name, value in sorted((function.__kwdefaults__ or {}).items())]
         defaults = [self._cell(value, where) for value in function.__defaults__ or ()]
-        found = digest_canonical([origin, self._code_digest(function.__code__), defaults, keywords, cells])
+        found = digest_trusted([origin, self._code_digest(function.__code__), defaults, keywords, cells])
         self._function_digests[id(function)] = found
         return found.value
 

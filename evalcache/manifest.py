@@ -7,20 +7,20 @@ Built by `weights.py`; this file only holds, compares, and writes down.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from evalcache.canonical import decode, digest_canonical, encode_canonical
 from evalcache.digest import Digest
 from evalcache.errors import CanonicalError
+from evalcache.structs import Frozen, field
 
 _FORMAT = "evalcache manifest 1"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(Frozen):
     """One tensor that a module owns: digest over dtype, shape and bytes; ``dtype`` by torch's name."""
 
     digest: Digest
@@ -29,8 +29,7 @@ class TensorRecord:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleRecord:
+class ModuleRecord(Frozen):
     """One module.
 
     Args:
@@ -46,7 +45,7 @@ class ModuleRecord:
     parts: Mapping[str, Digest] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # with a field that is none of its arguments
 class Manifest:
     """Module path → `ModuleRecord`, in the order of the model's own traversal, with the root over them and the configs.
 
@@ -57,9 +56,9 @@ class Manifest:
     """
 
     modules: Mapping[str, ModuleRecord]
-    configs: Mapping[str, Digest] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    root: Digest = field(init=False)
+    configs: Mapping[str, Digest] = dataclasses.field(default_factory=dict)
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    root: Digest = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         configs = {path: digest.value for path, digest in self.configs.items()}
@@ -157,8 +156,7 @@ class Manifest:
             raise CanonicalError(f"not a manifest: {error}", path="manifest", found=type(error).__name__) from error
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestDiff:
+class ManifestDiff(Frozen):
     """What differs between two manifests.
 
     Args:

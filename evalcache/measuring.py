@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evalcache.structs import Frozen
+
 READ_SHARE = 0.001
 """An energy counter is read at most so often that reading it takes less than this share of the time. Some take milliseconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)  # with a field that is not compared
 class Busy:
     """The devices that one model computes on.
 
@@ -35,8 +37,7 @@ class Busy:
     uuids: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(Frozen):
     """What this process has used of one kind of devices; see `journal.Measured`.
 
     Args:

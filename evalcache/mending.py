@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from evalcache.ledger_mending import FROM_STORE, damage_of_ledger, mend_ledger
 from evalcache.restoring import restore_entries, restore_objects
 from evalcache.salvage import DATABASE, damage_of, is_used, salvage
 from evalcache.store import Store
+from evalcache.structs import Struct, field
 from evalcache.verification import Verification, compare
 
 Progress = Callable[[int, int], None]
@@ -34,8 +34,7 @@ def _no_progress(done: int, total: int) -> None:
     pass
 
 
-@dataclass
-class Mended:
+class Mended(Struct):
     """What was put right, and what could not be.
 
     Args:

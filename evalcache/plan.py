@@ -8,7 +8,6 @@ class and size. Estimated seconds are those of computing and of loading the mode
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +15,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,13 @@ from evalcache.ledger import Ask, Ledger
 from evalcache.prices import Prices, read_prices
 from evalcache.printing import print_table, visible
 from evalcache.store import Store
+from evalcache.structs import Frozen, asdict
 from evalcache.summary import format_reasons, format_seconds
 
 _UPGRADES = ("torch", "transformers", "engine_version")
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Frozen):
     """What would become of the requests of one task and kind.
 
     Args:
@@ -55,8 +53,7 @@ class Line:
     estimate: Seconds | None
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Frozen):
     """What one process of the command would ask of its model.
 
     Args:
@@ -82,8 +79,7 @@ class Part:
         return add_seconds(known + ([self.loading] if self.loading else []))
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Frozen):
     """What a command would ask. Seconds are estimated ones."""
 
     command: tuple[str, ...]
@@ -141,7 +137,7 @@ class Plan:
             "money": None if money is None else dict(zip(("currency", "amount", "low", "high"), money, strict=True)),
             "without_price": [device for device in self.devices if prices.of(device) is None],
             "not_estimated": self.unknown,
-            "parts": [dataclasses.asdict(part) for part in self.parts],
+            "parts": [asdict(part) for part in self.parts],
         }
 
 

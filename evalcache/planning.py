@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from evalcache.digest import Digest
 from evalcache.key import keys_of
 from evalcache.records import Action, Entry, Environment, Lookup, Policy
 from evalcache.serving import Labels, Serving
+from evalcache.structs import Struct, asdict, field
 from evalcache.watch import Watch
 
 
@@ -41,8 +41,7 @@ class WouldLoad(BaseException):
     """The weights would have to be loaded to go on."""
 
 
-@dataclass
-class Group:
+class Group(Struct):
     """What became of the requests of one kind and task.
 
     Args:
@@ -151,7 +150,7 @@ class PlanCache(Cache):
                 "refresh": self.refresh,
                 "model": self.model,
                 **self.facts,
-                "groups": [vars(group) for group in self._groups.values()],
+                "groups": [asdict(group) for group in self._groups.values()],
             }
             name = self._folder / f"{os.getpid()}"
             name.with_suffix(".part").write_text(json.dumps(told))

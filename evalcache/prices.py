@@ -5,7 +5,6 @@ A device without a price has none: its money is None, never zero. Level 2.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import fnmatch
 import math
@@ -13,18 +12,17 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evalcache.errors import PriceError
+from evalcache.structs import Frozen, asdict, names_of
 
 _TABLE = Path(__file__).with_name("prices.toml")
 _TYPED = re.compile(r"(?P<device>.+)=\s*(?P<amount>[\d.]+)\s*(?P<currency>[A-Za-z]{3})(?:\s*,\s*(?P<watts>[\d.]+)\s*W)?\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class Price:
+class Price(Frozen):
     """One row of a table of prices.
 
     Args:
@@ -43,7 +41,7 @@ class Price:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
 
 class Prices:
@@ -100,7 +98,7 @@ def _read(path: Path) -> list[Price]:
 
 
 def _price(told: Mapping[str, Any], where: str) -> Price:
-    known = {field.name for field in dataclasses.fields(Price)}
+    known = set(names_of(Price))
     if unknown := sorted(set(told) - known):
         raise PriceError(f"{where}: unknown field {unknown[0]!r}", hint=f"known: {', '.join(sorted(known))}", found=unknown[0])
     text: dict[str, Any] = {

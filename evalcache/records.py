@@ -11,7 +11,6 @@ import math
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from evalcache.canonical import encode_canonical
 from evalcache.digest import Digest, digest_bytes
+from evalcache.structs import Frozen, field
 
 UNCACHEABLE_REASONS: Mapping[str, str] = MappingProxyType(
     {
@@ -95,8 +95,7 @@ class Fields(Mapping[str, Any]):
 NO_FIELDS = Fields({})
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Frozen):
     """One thing asked of a model.
 
     Args:
@@ -112,8 +111,7 @@ class Request:
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
+class Environment(Frozen):
     """What else shapes the answer.
 
     Args:
@@ -125,8 +123,7 @@ class Environment:
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(Frozen):
     """All that determines a Result. ``model`` is the manifest's root."""
 
     model: Digest
@@ -134,7 +131,6 @@ class Action:
     environment: Environment
 
 
-@dataclass(frozen=True, slots=True)
 class Actions(Sequence[Action]):
     """Actions that differ in their rows alone. Each is built when it is asked for: of stored ones that is never.
 
@@ -143,12 +139,19 @@ class Actions(Sequence[Action]):
         tokens, inputs: of each, as in `Request`.
     """
 
-    model: Digest
-    kind: str
-    settings: Fields
-    environment: Environment
-    tokens: Sequence[bytes]
-    inputs: Sequence[Mapping[str, Any]]
+    __slots__ = ("environment", "inputs", "kind", "model", "settings", "tokens")
+
+    def __init__(
+        self,
+        model: Digest,
+        kind: str,
+        settings: Fields,
+        environment: Environment,
+        tokens: Sequence[bytes],
+        inputs: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.model, self.kind, self.settings, self.environment = model, kind, settings, environment
+        self.tokens, self.inputs = tokens, inputs
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -157,8 +160,7 @@ class Actions(Sequence[Action]):
         return Action(self.model, Request(self.kind, self.tokens[place], self.settings, self.inputs[place]), self.environment)
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Frozen):
     """What it took to compute one Result, measured.
 
     Args:
@@ -179,8 +181,7 @@ class Cost:
             raise ValueError(f"cost in seconds must be finite and not negative, found {self.seconds!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class Array:
+class Array(Frozen):
     """A tensor without its library: dtype by torch's name (``float32``, ``bfloat16``), shape, row-major little-endian bytes."""
 
     dtype: str
@@ -188,8 +189,7 @@ class Array:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(Frozen):
     """What came back for one Request.
 
     Args:
@@ -211,8 +211,7 @@ class Result:
     cost: Cost | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Frozen):
     """A stored Result and who made it: a hit, where it is what a lookup finds. What it answers is read by
     `Store.get_question`, only on demand.
 
@@ -227,8 +226,7 @@ class Entry:
     created_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(Frozen):
     """What became of entries from elsewhere: taken, ``known`` here already, or here with another answer (``conflicts``)."""
 
     new: int = 0
@@ -244,15 +242,13 @@ class Taken:
         return Taken(self.new + other.new, self.known + other.known, self.conflicts + other.conflicts)
 
 
-@dataclass(frozen=True, slots=True)
-class Miss:
+class Miss(Frozen):
     """The request has to be computed. ``reason``: ``absent``, ``corrupt``, ``refresh``, or ``batch`` (a neighbour missed)."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Uncacheable:
+class Uncacheable(Frozen):
     """The request is computed and not stored. ``reason``: one of `UNCACHEABLE_REASONS`; ``detail``: what exactly."""
 
     reason: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from evalcache.ledger import Ask, Ledger
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Array, Cost, Environment, Fields, Request, Result
 from evalcache.store import Store
+from evalcache.structs import Frozen, field
 from evalcache.tables import digest_answer
 
 NO_QUESTION = "the ledger's question has another key"
@@ -43,8 +43,7 @@ JOIN (SELECT * FROM outputs WHERE key IN (SELECT unnest(split(?, ','))::UUID)
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(Frozen):
     """What came back. ``refused``: key → why it did not."""
 
     entries: int = 0

@@ -15,7 +15,6 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,6 +23,7 @@ from evalcache.errors import StoreError
 from evalcache.inspection import ASIDE, name_of, what_is_wrong
 from evalcache.leases import is_at_work
 from evalcache.rows import Rows
+from evalcache.structs import Frozen
 
 DATABASE = "cache.db"
 
@@ -38,8 +38,7 @@ _NOT_DAMAGE = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Salvaged:
+class Salvaged(Frozen):
     """What became of a damaged file. ``entries``, ``others``: rows that were good; ``aside``: rows that were not."""
 
     moved_to: Path

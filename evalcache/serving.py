@@ -9,12 +9,12 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from evalcache.digest import Digest
 from evalcache.errors import StoreError
 from evalcache.leases import Leases
 from evalcache.records import Action, Cost, Entry, Lookup, Result, Uncacheable
+from evalcache.structs import Frozen
 
 Made = tuple[Digest, Action, Result]
 """A computed entry that waits for its check."""
@@ -26,16 +26,14 @@ _PATIENCE_S = (30.0, 600.0)  # for another process that seems to live and brings
 _PATIENCE_PORTIONS = 10  # in between, as long as so many portions of ours took
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
+class Labels(Frozen):
     """What a client calls its requests: one task and one document for each, or nothing."""
 
     tasks: Sequence[str] = ()
     documents: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Frozen):
     """What became of requests, as columns of equal length; see `journal.LookedUp`."""
 
     keys: Sequence[Digest] = ()

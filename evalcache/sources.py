@@ -9,7 +9,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from evalcache.filememo import FileMemo, FileStamp
 from evalcache.identity import identify_checkpoint
 from evalcache.manifest import Manifest, ModuleRecord
 from evalcache.records import Environment, Fields
+from evalcache.structs import Frozen
 from evalcache.watch import Watch
 
 _FORMAT = "evalcache source 1"
@@ -31,8 +31,7 @@ _INDEX = ".index.json"  # which file holds which tensor: resharded copies are th
 _PIECE_BYTES = 1 << 24
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(Frozen):
     """A model that is known by name only. Made by `named`."""
 
     name: str

@@ -15,11 +15,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
 from evalcache.records import Action, Entry, Result, Taken
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
+from evalcache.structs import Frozen, replace
 from evalcache.transfers import Transfers
 
 _CONFLICT = "conflict/"  # among the objects
@@ -44,8 +43,7 @@ _ENTRIES = b""  # bytes come after all text
 _SCAN_ROWS = 500
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
+class StoreStats(Frozen):
     """What a store holds. ``size_bytes``: of its files on disk; ``journal_rows``: waiting for the ledger."""
 
     entries: int
@@ -388,7 +386,7 @@ class Store:
 
 def _is_same(one: Result, other: Result) -> bool:
     """Whether two results are one answer, whatever it cost."""
-    return dataclasses.replace(one, cost=None) == dataclasses.replace(other, cost=None)
+    return replace(one, cost=None) == replace(other, cost=None)
 
 
 def _unreadable(key: Digest, why: str) -> FrameError:

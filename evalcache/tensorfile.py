@@ -14,10 +14,10 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from evalcache.errors import CheckpointError
+from evalcache.structs import Frozen
 
 HEADER_LIMIT_BYTES = 100_000_000
 """Longest header, as in the reference reader."""
@@ -34,8 +34,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(Frozen):
     """One tensor in a file.
 
     Args:
@@ -55,8 +54,7 @@ class StoredTensor:
     item_bytes: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class FileContent:
+class FileContent(Frozen):
     """What is in a file of tensors.
 
     Args:

@@ -15,10 +15,10 @@ import pickletools
 import reprlib
 import struct
 import zipfile
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from evalcache.errors import CheckpointError
+from evalcache.structs import Frozen
 from evalcache.tensorfile import HEADER_LIMIT_BYTES, FileContent, StoredTensor
 
 _STORAGES = {
@@ -35,21 +35,18 @@ _HINT = "save it again with model.save_pretrained(folder), which writes safetens
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
+class _Name(Frozen):
     module: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
+class _Storage(Frozen):
     kind: str
     key: str
     elements: int
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
+class _View(Frozen):
     """A tensor: part of a storage."""
 
     storage: _Storage

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.ledger import Ledger
 from evalcache.store import Store
+from evalcache.structs import Frozen
 
 _NAMED = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
+class Verification(Frozen):
     """What was found.
 
     Args:

@@ -11,7 +11,6 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from evalcache.interception import refuse_hooks
 from evalcache.kernels import kernel_tables
 from evalcache.library_code import LibraryCode
 from evalcache.manifest import ModuleRecord, TensorRecord
+from evalcache.structs import Struct, field
 from evalcache.tensors import hash_tensor, hash_tensors, is_readable, module_tensors, owned_tensors, special_record
 from evalcache.user_code import UserCode, names_read
 from evalcache.wrappers import awake
@@ -41,8 +41,7 @@ LIBRARY = LibraryCode()
 SCANNING = threading.RLock()  # libraries are scanned once for all models, by one thread at a time
 
 
-@dataclass
-class Memory:
+class Memory(Struct):
     """What passes over one model leave to the next: records of modules by path, sums of tensors on a device, kernels."""
 
     records: dict[str, tuple[Any, ModuleRecord]] = field(default_factory=dict)

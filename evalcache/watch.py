@@ -6,16 +6,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.digest import Digest
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Result
+from evalcache.structs import Struct
 
 
-@dataclass
-class Batch:
+class Batch(Struct):
     """Computed results that wait for the check which lets them in."""
 
     root: Digest

@@ -116,7 +116,9 @@ class Client(ABC):
         save_file(tensors, file, metadata={"format": "pt"})
 
     def _environment(self, ask: Ask) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("EVALCACHE")}
+        # With bytecode, as an installed package has it: of a checkout, evalcache alone would be compiled at each start.
+        dropped = ("EVALCACHE", "PYTHONDONTWRITEBYTECODE")
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         ours |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         ours |= {"HF_DATASETS_CACHE": str(self.folder / "datasets")} | self.environment(ask)
         return ours | ({"EVALCACHE_DIR": str(ask.store)} if ask.store else {})

@@ -11,13 +11,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evalcache.structs import Frozen
 
-@dataclass(frozen=True, slots=True)
-class Client:
+
+class Client(Frozen):
     """An eval client.
 
     Args:

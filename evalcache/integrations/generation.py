@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from evalcache.integrations.generators import generator_states
 from evalcache.integrations.processors import describe_criteria, describe_processors, tokenizer_digest
 from evalcache.integrations.settings import effective_settings, fill_id, reads_padding
 from evalcache.records import Fields, Request, pack_tokens
+from evalcache.structs import Frozen, Struct, field
 from evalcache.weights import tensor_bytes, unwrap
 
 _ROW_TENSORS = frozenset("position_ids token_type_ids decoder_input_ids decoder_attention_mask labels".split())
@@ -37,8 +37,7 @@ _BATCH_TENSORS = frozenset(
 _PLAIN_ARGUMENTS = frozenset({"use_cache", "logits_to_keep", "return_dict"})
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
+class Traits(Frozen):
     """What a model's rows depend on, as the probe found.
 
     Args:
@@ -54,8 +53,7 @@ class Traits:
     steady: bool = True
 
 
-@dataclass(slots=True)
-class Call:
+class Call(Struct):
     """One resolved call.
 
     Args:

@@ -7,7 +7,6 @@ such row (samples, log-probabilities, a model whose rows depend on each other) i
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import weakref
 from collections.abc import Sequence
@@ -32,21 +31,20 @@ from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving
+from evalcache.structs import Frozen, Struct, replace
 from evalcache.weights import unwrap
 
 CLIENT = "inspect_ai"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(Frozen):
     """One request: how it is keyed, and how many tokens its prompt has."""
 
     request: Request
     prompt_tokens: int
 
 
-@dataclasses.dataclass(slots=True)
-class Asked:
+class Asked(Struct):
     """One of the provider's requests on its way.
 
     Args:
@@ -82,8 +80,7 @@ def model_of(generator: Any) -> Any:
     return model if found is not None and unwrap_ours(found) is unwrap_ours(own) else None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(Frozen):
     """What all requests with the same settings have in common."""
 
     settings: Fields
@@ -166,8 +163,7 @@ def serve_batch(
             return batch.serve(watch)
 
 
-@dataclasses.dataclass
-class _Batch:
+class _Batch(Struct):
     cache: Cache
     seam: Seam
     model: Any
@@ -249,14 +245,14 @@ def _results(call: Call, output: Any, missing: Sequence[int], noted: _Noted | No
     counts = [len(result.tokens) // 4 for result in results]
     prompts = [int(call.mask[row].sum()) for row in missing]
     costs = share(timer, prompts, counts, device_name(call.ids.device.type))
-    return [dataclasses.replace(result, cost=cost) for result, cost in zip(results, costs, strict=True)]
+    return [replace(result, cost=cost) for result, cost in zip(results, costs, strict=True)]
 
 
 def _cut(result: Result, end: int | None, row: torch.Tensor) -> Result:
     """A row up to its stop string, where that came before its end id."""
     if end is None or end + 1 >= len(result.tokens) // 4:
         return result
-    return dataclasses.replace(result, tokens=pack_tokens(row[: end + 1].cpu().numpy()), finish_reason="stop")
+    return replace(result, tokens=pack_tokens(row[: end + 1].cpu().numpy()), finish_reason="stop")
 
 
 def _requests(call: Call, stops: StopStringCriteria | None, tokenizer: Any) -> list[Request]:
@@ -269,7 +265,7 @@ def _requests(call: Call, stops: StopStringCriteria | None, tokenizer: Any) -> l
     # As transformers has them where they are given as `stop_strings`, which makes the same criterion of them.
     known = {"stop_strings": [str(one) for one in stops.stop_strings], "tokenizer": _digest_of(tokenizer)}
     settings = Fields(dict(call.requests[0].settings) | known)
-    return [dataclasses.replace(request, settings=settings) for request in call.requests]
+    return [replace(request, settings=settings) for request in call.requests]
 
 
 def _without_stops(keywords: dict[str, Any]) -> tuple[dict[str, Any], StopStringCriteria | None]:

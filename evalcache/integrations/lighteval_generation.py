@@ -17,7 +17,6 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +40,7 @@ from evalcache.manifest import Manifest
 from evalcache.measuring import Meter
 from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving
+from evalcache.structs import Struct, replace
 from evalcache.watch import Watch
 from evalcache.weights import tensor_bytes, unwrap
 
@@ -52,8 +52,7 @@ Place = tuple[int, int]
 """A batch of the plan, and a row in it."""
 
 
-@dataclass(slots=True)
-class _Batch:
+class _Batch(Struct):
     """One batch as lighteval would have generated it.
 
     Args:

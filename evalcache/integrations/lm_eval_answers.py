@@ -20,11 +20,11 @@ from evalcache.integrations.outputs import row_results
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.measuring import Meter
 from evalcache.records import Cost, unpack_tokens
+from evalcache.structs import Frozen
 from evalcache.weights import unwrap
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(Frozen):
     """One computed row: its new tokens up to its own end, why it ended, and its share of the batch's cost."""
 
     tokens: Any

@@ -10,7 +10,6 @@ and leaves the generators as they would have been.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from evalcache.integrations.seam import AnotherModelError, Seam, not_again
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Cost, Environment, Fields, Request, Result, pack_tokens, unpack_tokens
 from evalcache.serving import Labels, Serving
+from evalcache.structs import Struct, field, replace
 from evalcache.watch import Watch
 from evalcache.weights import tensor_bytes
 
@@ -84,8 +84,7 @@ class Generations:
         return [texts[place] for place in range(len(asked))]
 
 
-@dataclasses.dataclass
-class _Part:
+class _Part(Struct):
     """The requests of a call that are served in one way: all that are greedy, or all that are sampled."""
 
     owner: Generations
@@ -96,6 +95,7 @@ class _Part:
     labels: Labels
     places: list[int]
     disable_tqdm: bool
+    known: dict[Any, tuple[Fields, Fields]] = field(default_factory=dict)
 
     def serve(self, seam: Seam, watch: Watch) -> dict[int, str]:
         manifest, environment = seam.look(self.lm._model, watch)
@@ -196,7 +196,7 @@ class _Part:
         request = call.requests[row]
         if self._plain(call, one):
             return request
-        return dataclasses.replace(request, kind="generate_until", settings=self._settings(request.settings, one))
+        return replace(request, kind="generate_until", settings=self._settings(request.settings, one))
 
     def _plain(self, call: Call, one: Asked) -> bool:
         """Whether the end id alone stops this request, so that any script's answer to it is the harness's too."""
@@ -204,17 +204,16 @@ class _Part:
         return eos in call.end_ids and one.until == (self.lm.tok_decode(eos, skip_special_tokens=False),)
 
     def _settings(self, settings: Fields, one: Asked) -> Fields:
-        known = self.__dict__.setdefault("_known", {})
         place = (id(settings), one.until)
-        if place not in known:
+        if place not in self.known:
             how = {
                 "client": [self.owner._client, self.owner._version],
                 "until": list(one.until),
                 "think_end_token": self.lm.think_end_token,
                 "tokenizer": tokenizer_digest(self.lm.tokenizer),
             }
-            known[place] = (settings, Fields(dict(settings) | how))
-        return known[place][1]
+            self.known[place] = (settings, Fields(dict(settings) | how))
+        return self.known[place][1]
 
     # --- computing -----------------------------------------------------------------------------------------------------
 

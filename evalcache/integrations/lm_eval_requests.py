@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from evalcache.errors import UncacheableError
 from evalcache.records import Fields
+from evalcache.structs import Frozen
 
 
 class Numbered(str):
@@ -22,8 +22,7 @@ class Numbered(str):
         return numbered
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Frozen):
     """One request: its settings as the harness reads them, what stops it, and whether the end id alone does."""
 
     text: str

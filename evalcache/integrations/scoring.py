@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.measuring import Meter
 from evalcache.records import Actions, Environment, Fields, Result, pack_logprobs, pack_tokens, unpack_logprobs
 from evalcache.serving import Labels
+from evalcache.structs import Frozen, Struct, field
 from evalcache.tensors import dtype_name
 from evalcache.watch import Watch
 
@@ -36,8 +36,7 @@ Row = tuple[list[int], list[int]]
 """Ids of a context and of its continuation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(Frozen):
     """What a model thinks of one continuation.
 
     Args:
@@ -55,8 +54,7 @@ def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
+class Scoring(Frozen):
     """How rows are scored.
 
     Args:
@@ -259,8 +257,7 @@ _Batch = dict[tuple[int, ...], list[int]]
 """Inputs that share a forward, each with the places of the rows that it answers."""
 
 
-@dataclass(slots=True)
-class _Scorer:
+class _Scorer(Struct):
     """Scores rows in length-sorted batches; the same places are always split into the same batches.
 
     Args:

@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +28,7 @@ from evalcache.integrations.probe import probe
 from evalcache.integrations.timing import busy, measured, share
 from evalcache.manifest import Manifest
 from evalcache.records import Action, Environment, Policy, Result
+from evalcache.structs import replace
 from evalcache.watch import Watch
 from evalcache.weights import Fingerprinter, unwrap
 

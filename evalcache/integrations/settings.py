@@ -66,8 +66,7 @@ def effective_settings(config: Any, prefix_length: int, encoder_decoder: bool) -
     neutral = _NEUTRAL
     if "static" in str(config.cache_implementation):
         neutral = _NEUTRAL - _COMPILES  # a static cache makes the engine compile the model, where the device is one for it
-    values = {name: value for name, value in config.to_dict().items() if value is not None and name not in neutral}
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    values = {name: value for name, value in vars(config).items() if value is not None and name not in neutral and name[0] != "_"}
     for name, reason in _REFUSED.items():
         if getattr(config, name, None):
             raise UncacheableError(reason, name)
@@ -130,4 +129,6 @@ def _canonical(value: Any) -> Any:
         return sorted(([_canonical(key), _canonical(item)] for key, item in value.items()), key=repr)
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     return value

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ import torch
 from evalcache.environment import device_name
 from evalcache.measuring import Busy, Meter, process_peak_bytes
 from evalcache.records import Cost
+from evalcache.structs import Struct
 
 
-@dataclass(slots=True)
-class Stopwatch:
+class Stopwatch(Struct):
     """Seconds of one batch: ``total_s``, and ``first_s`` until the first forward had ended (0 where there was none)."""
 
     total_s: float = 0.0

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.printing import plain
 from evalcache.report.compare import Compared, compare
 from evalcache.report.gather import Pair
 from evalcache.report.tables import one_line
+from evalcache.structs import Frozen
 
 _MOST_QUESTION = 700
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Frozen):
     """One answer: its parts (differs, text), how many of its letters are left out, why it ended, and its key."""
 
     parts: list[tuple[bool, str]]
@@ -26,8 +25,7 @@ class Side:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(Frozen):
     """Two answers. title: the task and document, where they are known. question: likewise. of: what is shown of the answers."""
 
     title: str

@@ -5,15 +5,15 @@ from __future__ import annotations
 import collections
 import difflib
 import re
-from dataclasses import dataclass
+
+from evalcache.structs import Frozen
 
 MOST_LETTERS = 1200  # of each text; what is longer is cut, and the page says so
 _MOST_EQUALS = 20_000  # pairs of equal words: a text of one word, over and over, would take seconds
 _WORDS = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
+class Compared(Frozen):
     """Both texts in parts (differs, text); cut: the letters of each that are not shown."""
 
     left: list[tuple[bool, str]]

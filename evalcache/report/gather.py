@@ -10,13 +10,13 @@ import contextlib
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.audit import audit
 from evalcache.figures import Report
 from evalcache.ledger import Ask, Ledger
 from evalcache.prices import Prices
+from evalcache.structs import Frozen
 
 MOST_FAMILIES = 4
 MOST_STEPS = 24  # checkpoints of a family, the latest
@@ -26,8 +26,7 @@ MOST_PAIRS = 3  # of models whose answers are shown side by side
 MOST_ANSWERS = 8  # of each pair
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Frozen):
     """Checkpoints of one family, each against the one before it.
 
     Args:
@@ -43,8 +42,7 @@ class Family:
     left_out: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Frozen):
     """Two models that were asked the same. shared: requests that both answered; same: those that they answered alike.
 
     answers: rows of ``outputs_side_by_side`` that differ, with client, task and document of a lookup of theirs, and content, the
@@ -60,8 +58,7 @@ class Pair:
     answers: Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Gathered:
+class Gathered(Frozen):
     """All that the page tells. span: when the first of the runs began and the last one did; None where there are none."""
 
     by_task: Report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from evalcache.audittext import unpriced
@@ -24,6 +23,7 @@ from evalcache.report.tables import (
     values_table,
 )
 from evalcache.schema import quoted
+from evalcache.structs import Frozen, field
 from evalcache.summary import format_seconds
 
 MOST_BARS = 15
@@ -34,8 +34,7 @@ _SUMMED = ("modules_changed", "weights_changed", "modules", "bytes_changed", "by
 _ADDED = ("requests", "hits", "misses", "uncacheable", "spent_seconds", "reused_seconds", "overhead_seconds", "net_seconds")
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(Frozen):
     """A chart with its table.
 
     Args:

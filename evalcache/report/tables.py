@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from evalcache.audittext import AUDIT_COLUMNS, said_figure
 from evalcache.figures import FIGURES, Row
 from evalcache.printing import said, visible
+from evalcache.structs import Frozen
 from evalcache.summary import format_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Frozen):
     """A column: what stands above it, the figure that it is (to whose definition it links), whether it has numbers or prose."""
 
     label: str
@@ -28,8 +27,7 @@ class Column:
         return "number" if self.numeric else "prose" if self.prose else "name"
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(Frozen):
     """A cell: what it says; exact: its value in the unit of its definition, where that says more; code: a key or digest."""
 
     text: str
@@ -37,8 +35,7 @@ class Cell:
     code: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Frozen):
     """A table with its caption; left_out: rows that are not in it, and how to see them."""
 
     caption: str

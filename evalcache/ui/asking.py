@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from evalcache.errors import EvalCacheError, LedgerLockedError
 from evalcache.ledger import Ledger
 from evalcache.schema import quoted
+from evalcache.structs import Frozen
 
 ROWS = 10_000
 SECONDS = 5.0
@@ -35,8 +35,7 @@ _LOCK_TIMEOUT_S = 2.0
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from evalcache.ui.asking import answer_stdin; answer_stdin()"
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(Frozen):
     """A status of HTTP and a JSON document: columns, numeric, rows (texts, exact), cut, cut_cells, seconds; or error."""
 
     status: int
