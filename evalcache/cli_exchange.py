@@ -13,17 +13,33 @@ from evalcache.progress import progress_bar
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--model", metavar="NAME|DIGEST", help="Entries of a model.")
+@click.option("--run", metavar="ID|last", help="Entries that a run computed.")
+@click.option("--task", metavar="NAME", help="Entries that were asked for a task of an eval.")
+@click.option("--since", metavar="DATE", help="Entries that were computed at this date or time (UTC) or after it.")
 @asks_a_cache
-def export(file: str, directory: str | None, as_json: bool) -> None:
-    """Write all stored entries into one file, for another machine's `evalcache import`.
+def export(
+    file: str,
+    model: str | None,
+    run: str | None,
+    task: str | None,
+    since: str | None,
+    directory: str | None,
+    as_json: bool,
+) -> None:
+    """Write stored entries into one file, for another machine's `evalcache import`: all, or those for which all of this holds.
 
     Parquet inside, with checksums: questions, answers and what they cost. Runs stay in this ledger.
     """
     from evalcache.exchange import export_entries
     from evalcache.printing import print_fields, print_json
+    from evalcache.selection import Selection, select
 
+    place = Place(directory)
+    asked = {"model": model, "run": run, "task": task, "since": since}
+    meant = select(place.synced(), **asked) if any(value is not None for value in asked.values()) else Selection()
     with progress_bar("exporting") as tell:
-        made = export_entries(Place(directory).store, Path(file), progress=tell)
+        made = export_entries(place.store, Path(file), meant.holds, progress=tell)
     told = {
         "file": file, "entries": made.entries, "objects": made.objects, "damaged": made.damaged, "size_bytes": made.size_bytes
     }  # fmt: skip

@@ -35,10 +35,10 @@ import filelock
 
 from evalcache.digest import SIZE_BYTES, Digest, Hasher, digest_bytes
 from evalcache.errors import CanonicalError, ExchangeError, FrameError
-from evalcache.frame import decode_entry, decode_question
+from evalcache.frame import Question, decode_entry, decode_question
 from evalcache.key import key_of_question
 from evalcache.manifest import Manifest
-from evalcache.records import Taken
+from evalcache.records import Entry, Taken
 from evalcache.rows import ROW_LIMIT_BYTES
 from evalcache.schema import quoted
 from evalcache.store import Store
@@ -66,8 +66,14 @@ class Exported(Frozen):
     size_bytes: int
 
 
-def export_entries(store: Store, path: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Exported:
-    """Write every good entry of a store, and what they name, into a file.
+def export_entries(
+    store: Store,
+    path: Path,
+    holds: Callable[[Entry, Question], bool] = lambda entry, question: True,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Exported:
+    """Write every good entry of a store that is meant, and what they name, into a file.
 
     The file appears whole or not at all: it is written under another name in the same folder. Mode 0600: it holds somebody's
     prompts and answers.
@@ -78,20 +84,28 @@ def export_entries(store: Store, path: Path, *, progress: Callable[[int, int], N
         ExchangeError: the file cannot be written. StoreError: the store cannot be read.
     """
     damaged = 0
+    named: set[str] = set()
 
     def entries() -> Iterator[tuple[bytes, bytes]]:
         nonlocal damaged
         for number, (key, frame) in enumerate(store.frames(), 1):
             progress(number, number)
             try:
-                decode_entry(key, frame)
-                decode_question(key, frame)
+                entry, question = decode_entry(key, frame), decode_question(key, frame)
             except FrameError:
                 damaged += 1
-            else:
+                continue
+            if holds(entry, question):
+                named.add(f"model/{question.model.hex}")
+                named.update(f"fields/{digest.hex}" for digest in (question.settings, question.environment))
                 yield key.value, frame
 
-    rows = write_archive(path, entries(), store.objects())
+    def objects() -> Iterator[tuple[str, bytes]]:
+        for name in sorted(named):  # asked for after the entries, when all are known
+            if (data := store.get_object(name)) is not None:
+                yield name, data
+
+    rows = write_archive(path, entries(), objects())
     return Exported(rows["entries"], rows["objects"], damaged, path.stat().st_size)
 
 

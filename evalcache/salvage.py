@@ -29,6 +29,7 @@ DATABASE = "cache.db"
 
 _SIDE_FILES = ("-wal", "-shm")
 _BATCH_ROWS = 500
+_FAULTS = (sqlite3.Error, UnicodeDecodeError)  # the last: what SQLite says of a damaged schema may hold bytes that are no text
 # Faults of the moment, and of rights: the file is not to blame.
 _NOT_DAMAGE = frozenset(
     {
@@ -65,7 +66,7 @@ def damage_of(folder: Path) -> str | None:
             (count,) = connection.execute("SELECT value FROM Settings WHERE key = 'count'").fetchone() or (None,)
             if found == ["ok"] and count != connection.execute("SELECT count(key) FROM Cache").fetchone()[0]:
                 found = ["its count of rows is wrong"]
-    except (sqlite3.Error, TypeError) as error:
+    except (*_FAULTS, TypeError) as error:
         code = getattr(error, "sqlite_errorcode", None)
         if code is not None and code & 0xFF in _NOT_DAMAGE:
             raise StoreError(f"{path} cannot be read: {error}", hint="check rights, and who uses it", path=str(path)) from error
@@ -81,7 +82,7 @@ def is_used(folder: Path) -> bool:
         with contextlib.closing(_connect(folder / DATABASE)) as connection:
             rows = connection.execute("SELECT key, value FROM Cache WHERE raw = 1 AND key > 'worker/' AND key < 'worker0'")
             return any(is_at_work(row, value) for row, value in rows)
-    except sqlite3.Error:
+    except _FAULTS:
         return False  # so does theirs not answer
 
 
@@ -109,7 +110,7 @@ def salvage(folder: Path) -> Salvaged:
                 os.rename(f"{path}{suffix}", f"{moved_to}{suffix}")
         os.replace(made / DATABASE, path)
         shutil.rmtree(made, ignore_errors=True)
-    except (OSError, sqlite3.Error) as error:
+    except (*_FAULTS, OSError) as error:
         raise StoreError(f"{path} cannot be mended: {error}", hint="check rights and space", path=str(path)) from error
     return Salvaged(moved_to, *counts)
 
@@ -156,7 +157,7 @@ def _read(connection: sqlite3.Connection) -> Iterator[tuple]:
     for rowid in _rowids(connection):
         try:
             found = connection.execute(f"SELECT {columns} FROM Cache NOT INDEXED WHERE rowid = ?", (rowid,)).fetchone()
-        except sqlite3.Error:
+        except _FAULTS:
             continue
         if found is not None:
             yield found
@@ -171,7 +172,7 @@ def _rowids(connection: sqlite3.Connection) -> list[int]:
             try:
                 for (rowid,) in connection.execute(f"SELECT rowid FROM Cache {tree} ORDER BY {order} {direction}"):
                     found.add(rowid)
-            except (sqlite3.Error, OverflowError):
+            except (*_FAULTS, OverflowError):
                 continue
             break  # walked to its end
     return sorted(found)

@@ -34,11 +34,6 @@ class Selection:
     since: float | None = None
     before: float | None = None
 
-    @property
-    def of_all(self) -> bool:
-        """Whether every entry is meant."""
-        return self == Selection()
-
     def holds(self, entry: Entry, question: Question) -> bool:
         """Whether an entry is meant."""
         return (

@@ -37,8 +37,10 @@ from evalcache.digest import Digest, Hasher
 from evalcache.errors import ExchangeError
 from evalcache.exchange import export_entries, import_entries
 from evalcache.frame import encode_frame
+from evalcache.journal import LookedUp
 from evalcache.key import key_of, key_of_question
 from evalcache.records import Array, Cost, Result, Taken, pack_logprobs, pack_tokens
+from evalcache.selection import select
 from evalcache.store import Store
 
 ENTRIES = [(make_action(prompt=(1, 2, n), holes=[n]), make_result((7, n))) for n in range(5)]
@@ -120,6 +122,42 @@ def test_the_same_answer_at_another_price_is_the_same(tmp_path):
     write(there, SECOND, NOON, [(make_action(), make_result(seconds=9.0))])
     export_entries(here, tmp_path / "file")
     assert import_entries(there, tmp_path / "file") == Taken(known=1)
+
+
+def test_what_is_meant_goes_and_what_it_names(tmp_path):
+    store, ledger = open_pair(tmp_path / "here")
+    mine = ask_all(store, FIRST, NOON, [(make_action(prompt=(n,)), make_result((n,))) for n in range(4)])
+    tuned = ask_all(
+        store, SECOND, NOON + 86_400, [(make_action(TUNED, (n,), {"x": 1}), make_result((n,))) for n in range(3)], TUNED, "tuned"
+    )
+    keys, hits = (mine[0].value, mine[3].value), (("hit",) * 2, ("",) * 2, (1.0,) * 2)
+    told = LookedUp(SECOND, NOON, BASE.root.value, "lm_eval", "", keys, *hits, ("gsm8k", "mmlu"), ("0", "1"))
+    write(
+        store,
+        SECOND,
+        NOON,
+        [],
+        [told, LookedUp(SECOND, NOON, b"", "", "", (b"",), ("uncacheable",), ("hook",), (None,), ("mmlu",), ("2",))],
+    )
+    store.commit([], (), {"probe/00": b"what a probe found", "fields/" + "0" * 32: b"of nobody"}, run=SECOND, created_at=NOON)
+    ledger.sync(store)
+
+    def carried(**said: str) -> tuple[set[Digest], int]:
+        there = Store(tmp_path / f"there-{len(list(tmp_path.iterdir()))}")
+        made = export_entries(store, tmp_path / "file", select(ledger, **said).holds)
+        assert import_entries(there, tmp_path / "file").new == made.entries
+        return set(held(there)[0]), made.objects
+
+    assert carried() == ({*mine, *tuned}, 5)
+    assert carried(model="tuned") == carried(run=SECOND) == carried(since="2023-11-15") == (set(tuned), 3)
+    assert carried(task="gsm8k") == ({mine[0]}, 3) and carried(task="mmlu", run=FIRST) == ({mine[3]}, 3)
+    assert carried(task="mmlu", run=SECOND) == (set(), 0)
+    there = Store(tmp_path / "there")
+    write(there, SECOND, NOON, [(make_action(prompt=(0,)), make_result((8,)))])
+    export_entries(store, tmp_path / "file", select(ledger, task="mmlu").holds)
+    assert import_entries(there, tmp_path / "file") == Taken(new=1)
+    export_entries(store, tmp_path / "file", select(ledger, run=FIRST).holds)
+    assert import_entries(there, tmp_path / "file") == Taken(new=2, known=1, conflicts=1)
 
 
 def test_a_damaged_entry_stays_behind(tmp_path):
@@ -355,6 +393,8 @@ def test_the_verbs(tmp_path, store_folder):
         return json.loads(done.stdout)
 
     file = str(tmp_path / "all.evalcache")
+    assert evalcache("export", file, "--model", "base", "--since", "2000-01-01")["entries"] == 5
+    assert evalcache("export", file, "--model", TUNED.root.hex)["entries"] == 1
     assert evalcache("export", file)["entries"] == 6
     assert evalcache("import", file, file, folder=tmp_path / "there") == {"new": 6, "known": 6, "conflicts": 0}
     assert evalcache("verify", folder=tmp_path / "there")["good"]
