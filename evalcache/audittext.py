@@ -53,7 +53,8 @@ def to_markdown(report: Report) -> str:
         parts += [f"### {title}\n", _markdown_table(columns, rows), *([f"{note}\n"] if note else [])]
     parts += ["### Figures\n", _markdown_table(("figure", "unit", "view", "meaning"), _meanings(report))]
     notes = _notes(report, meanings=False)
-    return "\n".join([*parts, *(f"- {line}" for line in notes), ""]) if notes else "\n".join(parts)
+    text = "\n".join([*parts, *(f"- {line}" for line in notes), ""]) if notes else "\n".join(parts)
+    return visible(text)
 
 
 def to_csv(report: Report) -> str:
@@ -62,9 +63,8 @@ def to_csv(report: Report) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([report.by, "name", *FIGURES, "currency"])
     for row in [*report.rows, report.total]:
-        group = "total" if row is report.total else row.group
-        name = None if row is report.total else row.name
-        writer.writerow([group, name, *row.figures.values(), report.currency])
+        named = ("total", None) if row is report.total else (row.group, row.name)
+        writer.writerow([*(name and visible(name) for name in named), *row.figures.values(), report.currency])
     return out.getvalue()
 
 

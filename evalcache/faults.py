@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from evalcache.errors import EvalCacheWarning
+from evalcache.visible import visible
 
 _told: set[str] = set()
 _telling = threading.Lock()
@@ -21,10 +22,10 @@ def tell(text: str, category: type[EvalCacheWarning] = EvalCacheWarning, *, stac
         stacklevel: as of `warnings.warn`, counted from the caller.
     """
     try:
-        warnings.warn(text, category, stacklevel=stacklevel + 1)
+        warnings.warn(visible(text), category, stacklevel=stacklevel + 1)
     except EvalCacheWarning:
         if sys.stderr is not None:
-            print(f"evalcache: warning: {text}", file=sys.stderr)
+            print(f"evalcache: warning: {visible(text)}", file=sys.stderr)
 
 
 def tell_of_folder(folder: str | os.PathLike[str], text: str, *, stacklevel: int = 2) -> None:

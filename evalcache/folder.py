@@ -97,7 +97,8 @@ def make_folder(folder: Path) -> None:
         StoreError: it cannot be made.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for above in [*reversed(folder.parents), folder]:  # those above it, too, which `parents=True` would give the usual mode
+            above.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreError(f"the cache folder {folder} cannot be made: {error.strerror}", hint=_HINT, path=str(folder)) from error
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +43,9 @@ _LOCKED = (
     "different configuration",
     "being used by another process",
 )
+
+_LOGS = "enable_logging"
+"""Where files may not be reached, DuckDB 1.5.5 ends the whole process at the first line that it would log to one."""
 
 Ask = Callable[..., "Table"]
 
@@ -107,6 +112,9 @@ class Ledger:
             with self._attached() as connection:
                 intake = Intake(connection, store)
                 known = last = intake.last_seq(store_id)
+                # DuckDB would give its log the usual mode, and others would see in it what the ledger hides from them.
+                with contextlib.suppress(OSError):
+                    os.close(os.open(f"{self.path}.wal", os.O_WRONLY | os.O_CREAT, 0o600))
                 with _transaction(connection):
                     while events := store.journal(after=last):
                         for seq, event in events:
@@ -122,9 +130,6 @@ class Ledger:
                             took = [store_id, last, last_of, _now_us(), "last_sync", time.perf_counter() - began]
                             execute(connection, "INSERT INTO overheads VALUES (?, ?, ?, make_timestamp(?), ?, ?)", took)
                         execute(connection, "INSERT INTO synced VALUES (?, ?, make_timestamp(?))", [store_id, last, _now_us()])
-                # DuckDB gives its log the usual mode, and it stays when this process is killed.
-                with contextlib.suppress(OSError):
-                    Path(f"{self.path}.wal").chmod(0o600)
             if last > known:
                 # On a fresh connection: a COMMIT that was answered has been seen to be gone after a kill around its checkpoint.
                 with self._attached(read_only=True) as connection:
@@ -173,6 +178,8 @@ class Ledger:
                     connection.execute("SET lock_configuration = true")
 
                 def ask(sql: str, params: Sequence[Any] = ()) -> Table:
+                    if not unsafe and _LOGS in sql.lower():
+                        raise LedgerError(f"{_LOGS} writes files", hint="`--unsafe` allows it", path=self.path)
                     try:
                         answer = execute(connection, sql, params)
                         names = tuple(column[0] for column in answer.description or ())
@@ -249,21 +256,20 @@ class Ledger:
             return False
         # What is left of processes that were killed in here: it is our turn, so nobody else is making one.
         for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
-            left.unlink(missing_ok=True)
-        # Made elsewhere and moved: nobody ever sees half a schema, nor the file before it has its mode.
-        made = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+            shutil.rmtree(left, ignore_errors=True)
+        # Made in a folder of its own and moved: nobody ever sees half a schema, nor the file before it has its mode.
         try:
-            with self.opened(made) as connection:
-                self._apply(connection, 0)
-                connection.execute("CHECKPOINT ledger")  # that closing does cannot fail, and leaves nothing behind on a full disk
-            made.chmod(0o600)
-            # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.
-            Path(f"{self.path}.wal").unlink(missing_ok=True)
-            made.replace(self.path)
+            with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.", dir=self.path.parent) as private:
+                made = Path(private) / self.path.name
+                with self.opened(made) as connection:
+                    self._apply(connection, 0)
+                    connection.execute("CHECKPOINT ledger")  # the one of closing cannot fail, and leaves nothing on a full disk
+                made.chmod(0o600)
+                # A log without its ledger belongs to one that was deleted; DuckDB would try to apply it to the new one.
+                Path(f"{self.path}.wal").unlink(missing_ok=True)
+                made.replace(self.path)
         except OSError as error:
             raise LedgerError(f"{self.path}: the ledger cannot be made: {error}", path=self.path) from error
-        finally:
-            made.unlink(missing_ok=True)
         return True
 
     def _version(self, connection: duckdb.DuckDBPyConnection) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,20 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from evalcache.digest import Digest
+from evalcache.visible import visible
 
 _PIPE_WIDTH = 10_000  # where nobody watches, nothing is wrapped or cut
-
-
-def visible(text: str) -> str:
-    r"""``text`` with everything that could move a cursor or turn a line around made visible; line ends and tabs stay.
-
-    >>> visible("a\x1b[2Jb\u202ec")
-    'a\\x1b[2Jb\\u202ec'
-    """
-    hidden = ("Cc", "Cf", "Cs")  # control, formatting (turns of direction, joiners), lone surrogates
-    return "".join(
-        letter if letter in "\n\t" or unicodedata.category(letter) not in hidden else ascii(letter)[1:-1] for letter in text
-    )
 
 
 def plain(value: Any) -> Any:

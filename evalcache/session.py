@@ -356,7 +356,9 @@ def _tell(line: str) -> None:
     stream = sys.stderr
     if stream is None:
         return
+    from evalcache.visible import visible  # here: a process that has nothing to say needs none of it
+
     try:
-        print(line, file=stream, flush=True)
+        print(visible(line), file=stream, flush=True)
     except (OSError, ValueError):
         return  # closed, or its reader is gone: there is nobody to tell

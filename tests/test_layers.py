@@ -20,10 +20,11 @@ LEVELS = {
     "errors": 0,
     "structs": 0,  # classes of named fields
     "digest": 1,
-    "faults": 1,  # warnings, each said once
+    "faults": 1.5,  # warnings, each said once
     "folder": 1.5,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
+    "visible": 1,  # nor this
     "printing": 1.5,  # nor this
     "progress": 1,
     "collector": 1,  # Python's own

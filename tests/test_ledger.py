@@ -390,12 +390,24 @@ class TestQuery:
             "DROP TABLE outputs",
             "CREATE TABLE ledger.mine AS SELECT 1 AS n",
             "SELECT 1; DROP VIEW hits_by_run",
+            "SELECT * FROM read_csv('/etc/passwd')",
+            "SELECT * FROM glob('/*')",
+            "SELECT * FROM read_duckdb('{folder}/other.duckdb')",
+            "ATTACH '{folder}/other.duckdb' AS other (READ_ONLY)",
+            "LOAD httpfs",
+            "CREATE SECRET s (TYPE s3)",
+            "SET temp_directory = '{folder}/temp'",
+            "SET log_query_path = '{folder}/log'",
+            "PRAGMA profile_output = '{folder}/profile'",
+            "CALL enable_logging('QueryLog', storage = 'file', storage_config = {{'path': '{folder}/logs'}}); SELECT 1",
+            "SELECT * FROM Enable_Logging('QueryLog', storage := 'file', storage_path := '{folder}/logs'); SELECT 1",
         ],
     )
     def test_reaches_no_file_and_changes_nothing(self, pair: tuple[Store, Ledger], sql: str, tmp_path: Path) -> None:
         store, ledger = pair
         cold_and_warm(store)
         ledger.sync(store)
+        duckdb.connect(str(tmp_path / "other.duckdb")).close()
         before, files = dump(ledger), sorted(tmp_path.iterdir())
         with pytest.raises(LedgerError):
             ledger.query(sql.format(folder=tmp_path))
