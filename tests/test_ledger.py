@@ -318,7 +318,8 @@ class TestFile:
     def test_what_a_killed_process_left_while_it_made_one_is_cleared_away(self, pair: tuple[Store, Ledger]) -> None:
         store, ledger = pair
         left = ledger.path.with_name(f".{ledger.path.name}.{FIRST}")
-        left.write_bytes(b"half a ledger")
+        left.mkdir()
+        (left / ledger.path.name).write_bytes(b"half a ledger")
         cold_and_warm(store)
         ledger.sync(store)
         assert not left.exists()
