@@ -25,7 +25,7 @@ from evalcache.records import Entry
 from evalcache.schema import literal, quoted
 from evalcache.tables import COLUMNS, Row, event_rows, model_rows, output_row, render_json, request_row
 
-_FLUSH_ROWS = 20_000
+_FLUSH_ROWS = 5_000  # DuckDB takes up to 15 KB for each while it reads a statement of them
 _FLUSH_BYTES = 64 << 20
 _ONCE = {"tasks": "version, settings::VARCHAR", "documents": "document, replace(digest::VARCHAR, '-', '')"}
 """Tables whose rows are told again by every run → what, after client and task, makes a row of it the same one."""
@@ -250,8 +250,8 @@ class Intake:
         rows, self._rows = self._rows, {}
         self._waiting_rows = self._waiting_bytes = 0
         for table, waiting in rows.items():
-            if waiting:
-                insert_rows(self._connection, table, waiting)
+            for start in range(0, len(waiting), _FLUSH_ROWS):
+                insert_rows(self._connection, table, waiting[start : start + _FLUSH_ROWS])
 
 
 _READ_AS = {  # SQL type → (type of the member in JSON, expression over the member)
