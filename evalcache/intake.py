@@ -88,6 +88,7 @@ class Intake:
         self._told: dict[tuple[str, str, str], set[Row]] = {}
         self._any_removed = bool(connection.execute("SELECT 1 FROM removals LIMIT 1").fetchall())
         self._stored: dict[str, Row] = {}  # keys that may be back, as rows of ``removals``
+        self._walked: set[Digest] = set()  # keys that were met in the store itself: the journal need not tell them
         self._place = -1
         self._fields = self._known("SELECT digest FROM fields")
         self._models = self._known("SELECT digest FROM models")
@@ -108,7 +109,7 @@ class Intake:
         if isinstance(event, Stored):
             if self._any_removed:
                 self._note_stored(store_id, seq, event.run, [key.hex() for key in event.keys])
-            self._keys.update((Digest(value), None) for value in event.keys)
+            self._keys.update((key, None) for key in map(Digest, event.keys) if key not in self._walked)
             if len(self._keys) >= _READ_KEYS:
                 self._take_keys()
             return
@@ -138,6 +139,7 @@ class Intake:
                 continue
             try:
                 self._take_entry(decode_entry(key, frame), decode_question(key, frame))
+                self._walked.add(key)
             except FrameError:
                 self.skipped += 1
 

@@ -31,6 +31,7 @@ from evalcache.structs import Frozen
 
 LOCK_TIMEOUT_S = 10.0
 """How long to queue behind other processes of evalcache."""
+_POLL_S = 0.01
 
 _FILE_FORMAT = "v1.5.0"  # the newest that duckdb 1.5 and 2.0 both read and write
 _SETTINGS = {"autoinstall_known_extensions": "false"}  # a foreign file must not make DuckDB download what might read it
@@ -109,6 +110,8 @@ class Ledger:
         store_id = store.store_id
         with self.turn():
             fresh = self._make()
+            if not (fresh or frames or store.journal_count()):  # whose turn it was before has taken in everything
+                return SyncReport(0, 0, time.perf_counter() - began, 0)
             with self._attached() as connection:
                 intake = Intake(connection, store)
                 known = last = intake.last_seq(store_id)
@@ -116,14 +119,15 @@ class Ledger:
                 with contextlib.suppress(OSError):
                     os.close(os.open(f"{self.path}.wal", os.O_WRONLY | os.O_CREAT, 0o600))
                 with _transaction(connection):
-                    while events := store.journal(after=last):
-                        for seq, event in events:
-                            intake.take(store_id, seq, event)
-                        last = events[-1][0]
-                        if progress:
-                            progress(intake.events, max(waiting, intake.events))
-                    if fresh or frames:  # after the journal, which would tell them a second time
-                        intake.take_frames(store, progress if frames else None)
+                    for whole in (False, True) if fresh or frames else (False,):
+                        if whole:  # after the journal, and again before what others have written to it meanwhile
+                            intake.take_frames(store, progress if frames else None)
+                        while events := store.journal(after=last):
+                            for seq, event in events:
+                                intake.take(store_id, seq, event)
+                            last = events[-1][0]
+                            if progress:
+                                progress(intake.events, max(waiting, intake.events))
                     intake.finish()
                     if last > known:
                         if last_of:
@@ -196,8 +200,12 @@ class Ledger:
         """This process's turn at the file. The operating system ends the turn of a process that is killed."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{self.path}.lock", timeout=self._lock_timeout_s, mode=0o600)
-            lock.acquire(poll_interval=0.01)
+            until = time.monotonic() + self._lock_timeout_s
+            # Who has had a turn and wants another one queues behind whoever waits: otherwise it would take the lock again at
+            # once, while the others sleep between two looks at it.
+            queue, lock = (filelock.FileLock(f"{self.path}.{name}", mode=0o600) for name in ("queue", "lock"))
+            with queue.acquire(timeout=self._lock_timeout_s, poll_interval=_POLL_S):
+                lock.acquire(timeout=max(0.0, until - time.monotonic()), poll_interval=_POLL_S / 4)
         except filelock.Timeout as error:
             raise self._locked("another process of evalcache is using the ledger") from error
         except OSError as error:

@@ -92,7 +92,8 @@ def mend_ledger(ledger: Ledger) -> MendedLedger:
             with contextlib.suppress(FileNotFoundError):
                 Path(f"{path}.wal").rename(f"{moved_to}.wal")  # a log without its file would be applied to the new one
             made.path.replace(path)
-            Path(f"{made.path}.lock").unlink(missing_ok=True)
+            for name in ("lock", "queue"):
+                Path(f"{made.path}.{name}").unlink(missing_ok=True)
     except OSError as error:
         raise LedgerError(f"{path} cannot be mended: {error}", hint="check rights and space", path=path) from error
     return MendedLedger(moved_to, lost)

@@ -166,5 +166,5 @@ def faults_of_ledger(store: Store, ledger: Ledger, batches: set[int], *, told: s
 
 def litter_in(folder: Path) -> list[Fault]:
     """What nobody needs any more."""
-    known = {"store", "ledger.duckdb", "ledger.duckdb.lock", "ledger.duckdb.wal"}
+    known = {"store", "ledger.duckdb", "ledger.duckdb.lock", "ledger.duckdb.queue", "ledger.duckdb.wal"}
     return [Fault("litter", path.name) for path in folder.iterdir() if path.name not in known]

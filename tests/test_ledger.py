@@ -313,7 +313,7 @@ class TestFile:
         version = ledger.query("SELECT tags FROM duckdb_databases() WHERE database_name = 'ledger'").rows[0][0]
         assert version["storage_version"] == "v1.5.0+"
         kept = {path.name for path in ledger.path.parent.iterdir()}
-        assert kept == {"store", "ledger.duckdb", "ledger.duckdb.lock"}
+        assert kept == {"store", "ledger.duckdb", "ledger.duckdb.lock", "ledger.duckdb.queue"}
 
     def test_what_a_killed_process_left_while_it_made_one_is_cleared_away(self, pair: tuple[Store, Ledger]) -> None:
         store, ledger = pair
