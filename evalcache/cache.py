@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from evalcache.measuring import Meter
 from evalcache.outbox import Outbox
 from evalcache.provenance import describe_run
 from evalcache.records import Action, Entry, Lookup, Miss, Policy, Result
-from evalcache.serving import Labels, Made, Serving, Told
+from evalcache.serving import Compute, Labels, Made, Portions, Serving, Told
 from evalcache.store import Store
 from evalcache.watch import Watch
 
@@ -46,12 +46,8 @@ COMMIT_SHARE = 0.01
 SYNC_S = 30.0
 SYNC_SHARE = 0.001
 """A long run brings the ledger up to date every `SYNC_S`; less often where that would cost more than this share of its time."""
-
-Compute = Callable[[Sequence[int]], Iterable[tuple[int, Result]]]
-"""Given the positions to compute (misses only, duplicates merged, in first-seen order), gives (position, result) for each, in any
-order and as they are made: a long call is checked and committed every few seconds."""
-Portions = Callable[[list[int]], Iterable[Sequence[int]]]
-"""Given the positions that are missing, gives them again, split into what is computed together."""
+SYNC_PATIENCE_S, END_PATIENCE_S = 1.0, 6.0
+"""How long that queues behind other processes of evalcache, meanwhile and at the end. What waits is kept."""
 
 
 class Cache:
@@ -106,6 +102,7 @@ class Cache:
         self._warned: set[str] = set()
         self._synced_at = time.monotonic()
         self._sync_seconds = 0.0
+        self.told = False  # whether the ledger knows everything, as of the last sync
         self._closed = False
         _caches.add(self)
 
@@ -113,11 +110,6 @@ class Cache:
     def untouched(self) -> bool:
         """Whether no model has been met yet: nothing was asked, loaded or written."""
         return self._outbox.empty and self._checking.empty
-
-    @property
-    def store_is_broken(self) -> bool:
-        """Whether the store did not answer the last time that it was asked."""
-        return self._outbox.broken
 
     # --- one call ------------------------------------------------------------------------------------------------------
 
@@ -300,15 +292,17 @@ class Cache:
 
     def sync(self) -> bool:
         """Bring the ledger up to date; says whether it is. One that somebody else holds delays this and nothing else."""
-        if self.policy is Policy.READ_ONLY or self.store_is_broken:
+        if self.policy is Policy.READ_ONLY or self._outbox.broken:
             return False
-        began, told = time.perf_counter(), False
+        began, self.told = time.perf_counter(), False
+        patience_s = END_PATIENCE_S if self._closed else SYNC_PATIENCE_S
         if not self._closed:
             self._tell_used()
         try:
             with self.counts.taking("sync"):
-                Ledger(self.ledger_path).sync(self.store, last_of=self.run_id if self._closed else None)
-            told = True
+                ledger = Ledger(self.ledger_path, lock_timeout_s=patience_s)
+                ledger.sync(self.store, last_of=self.run_id if self._closed else None)
+            self.told = True
         except LedgerLockedError:
             pass  # the journal keeps what waits
         except (EvalCacheError, OSError) as error:
@@ -318,7 +312,7 @@ class Cache:
                 self._segments.push()
         self._sync_seconds = time.perf_counter() - began
         self._synced_at = time.monotonic()
-        return told
+        return self.told
 
     # --- inside --------------------------------------------------------------------------------------------------------
 

@@ -239,6 +239,7 @@ def runs(limit: int, directory: str | None, as_json: bool) -> None:
 @asks_a_cache
 def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
     """Sum up one run, or without --run say what the cache holds."""
+    from evalcache.holders import held_by
     from evalcache.printing import print_fields, print_json
 
     place = Place(directory)
@@ -248,6 +249,7 @@ def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
         found = summarise(place.synced(), run_name).to_json()
     else:
         held = place.store.stats()
+        waits = held.journal_rows and held_by(place.ledger_path, place.ledger_path.with_name("ledger.duckdb.lock"))
         found = {
             "directory": place.given,
             "entries": held.entries,
@@ -256,6 +258,7 @@ def stats(run_name: str | None, directory: str | None, as_json: bool) -> None:
             "set_aside": held.aside,
             "store_bytes": held.size_bytes,
             "ledger": place.ledger_path,
+            "ledger_held_by": waits or None,
             "ledger_bytes": place.ledger_path.stat().st_size if place.ledger_path.exists() else 0,
         }
     (print_json if as_json else print_fields)(found)

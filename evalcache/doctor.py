@@ -20,6 +20,7 @@ from typing import Any
 
 from evalcache.errors import EvalCacheError, LedgerLockedError
 from evalcache.folder import file_system, is_remote, local_folder
+from evalcache.holders import held_by
 from evalcache.integrations.clients import CLIENTS, Client, version_of_client
 from evalcache.ledger import Ledger
 from evalcache.printing import said_bytes
@@ -227,7 +228,7 @@ def _store(folder: Path) -> Iterator[Check]:
         with Store(place, timeout_s=_PATIENCE_S) as store:
             held = store.stats()
     except EvalCacheError as error:
-        yield Check("store", "wrong", error.message, _held_by(place / "cache.db", place / "cache.db-shm") or error.hint or "")
+        yield Check("store", "wrong", error.message, held_by(place / "cache.db", place / "cache.db-shm") or error.hint or "")
         return
     size = said_bytes(held.size_bytes)
     yield Check("store", "ok", f"{place}: {held.entries:,} entries, {size}")
@@ -239,10 +240,10 @@ def _store(folder: Path) -> Iterator[Check]:
 def _writer(place: Path) -> str:
     """Who has been writing to the store for long."""
     beside = place / "cache.db-shm"
-    writer = _held_by(beside, byte=_WRITES)
+    writer = held_by(beside, byte=_WRITES)
     if writer:
         time.sleep(_PATIENCE_S)
-    return writer if writer and _held_by(beside, byte=_WRITES) == writer else ""
+    return writer if writer and held_by(beside, byte=_WRITES) == writer else ""
 
 
 def _ledger(folder: Path) -> Iterator[Check]:
@@ -254,43 +255,12 @@ def _ledger(folder: Path) -> Iterator[Check]:
         runs = Ledger(place, lock_timeout_s=_PATIENCE_S).query("SELECT count(*) FROM runs").rows[0][0]
     except LedgerLockedError as error:
         hint = "nothing is lost, what is new waits in the journal; close what has it open to bring it up to date"
-        holder = _held_by(place, Path(f"{place}.lock")) or _pid_in(error)
-        yield Check("ledger", "note", f"{error.message}{f' ({holder})' if holder else ''}", hint)
+        yield Check("ledger", "note", error.message, hint)
     except EvalCacheError as error:
         hint = error.hint or "move it away: what the store holds is told to a new one, runs and scores are lost"
         yield Check("ledger", "wrong", error.message, hint)
     else:
         yield Check("ledger", "ok", f"{place}: {runs:,} runs, {said_bytes(place.stat().st_size)}")
-
-
-def _held_by(*files: Path, byte: int | None = None) -> str:
-    """Who has a lock on one of these files (for writing, on this byte), as far as the system tells (Linux)."""
-    try:
-        inodes = {file.stat().st_ino for file in files if file.exists()}
-        locks = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return ""
-    for line in locks:
-        found = re.search(r" (READ|WRITE) +(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) (\d+) (\d+|EOF)", line)
-        if not found or int(found[3]) not in inodes or int(found[2]) in (0, os.getpid()):
-            continue
-        end = float("inf") if found[5] == "EOF" else int(found[5])
-        if byte is None or (found[1] == "WRITE" and int(found[4]) <= byte <= end):
-            return _process(int(found[2]))
-    return ""
-
-
-def _pid_in(error: BaseException) -> str:
-    found = re.search(r"PID (\d+)", str(error.__cause__ or ""))  # DuckDB names the process, if it is of this user
-    return _process(int(found[1])) if found else ""
-
-
-def _process(pid: int) -> str:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        command = ""
-    return f"process {pid}: {command[:80]}" if command else f"process {pid}"
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import duckdb
 import filelock
 
 from evalcache.errors import LedgerError, LedgerLockedError
+from evalcache.holders import held_by, holder_in
 from evalcache.intake import Intake, JournalSource, execute
 from evalcache.schema import STEPS, VERSION, comments, quoted
 from evalcache.structs import Frozen
@@ -252,11 +253,13 @@ class Ledger:
                 yield connection
         except duckdb.Error as error:
             if any(word in str(error) for word in _LOCKED):
-                raise self._locked("another program has the ledger open") from error
+                raise self._locked("another program has the ledger open", holder_in(error)) from error
             raise LedgerError(f"{path}: {error}", path=path) from error
 
-    def _locked(self, message: str) -> LedgerLockedError:
-        return LedgerLockedError(f"{self.path}: {message}", hint="nothing is lost; try again when it is closed", path=self.path)
+    def _locked(self, message: str, holder: str = "") -> LedgerLockedError:
+        holder = holder or held_by(self.path, Path(f"{self.path}.lock"))
+        said = f"{self.path}: {message}{f' ({holder})' if holder else ''}"
+        return LedgerLockedError(said, hint="nothing is lost; close it there, or try again when it is closed", path=self.path)
 
     def _make(self) -> bool:
         """Make the file where there is none; returns whether it was."""

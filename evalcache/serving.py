@@ -25,6 +25,12 @@ _PAUSE_S = (0.05, 0.5)  # between two looks at what others compute: at first, an
 _PATIENCE_S = (30.0, 600.0)  # for another process that seems to live and brings nothing: at least, and at most
 _PATIENCE_PORTIONS = 10  # in between, as long as so many portions of ours took
 
+Compute = Callable[[Sequence[int]], Iterable[tuple[int, Result]]]
+"""Given the positions to compute (misses only, duplicates merged, in first-seen order), gives (position, result) for each, in any
+order and as they are made: a long call is checked and committed every few seconds."""
+Portions = Callable[[list[int]], Iterable[Sequence[int]]]
+"""Given the positions that are missing, gives them again, split into what is computed together."""
+
 
 class Labels(Frozen):
     """What a client calls its requests: one task and one document for each, or nothing."""

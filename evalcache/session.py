@@ -217,8 +217,7 @@ class Session:
         if not calls_seen(counts):
             return
         # A run that may not write is not in the ledger, which explains misses.
-        tells = cache.policy.writes and not cache.store_is_broken
-        why = _explain(cache) if counts.misses and not counts.hits and tells else []
+        why = _explain(cache) if counts.misses and not counts.hits and cache.policy.writes and cache.told else []
         ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
         _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks, evicted=cache.evicted))
 

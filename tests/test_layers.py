@@ -24,6 +24,7 @@ LEVELS = {
     "folder": 1.5,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
+    "holders": 1,  # nor this
     "visible": 1,  # nor this
     "printing": 1.5,  # nor this
     "progress": 1,

@@ -13,9 +13,10 @@ import pytest
 from recorded import FIRST, NOON, look, make_action, open_pair, write
 from served_ui import fill
 
+from evalcache.cache import END_PATIENCE_S
 from evalcache.errors import LedgerError, LedgerLockedError
 from evalcache.key import key_of
-from evalcache.ledger import LOCK_TIMEOUT_S, Ledger
+from evalcache.ledger import Ledger
 from evalcache.ui.asking import ANSWER_BYTES, CELL_CHARACTERS, ROWS, SECONDS, Asker, answer
 
 TEMPLATES = Path(__file__).parent.parent / "evalcache" / "report" / "templates"
@@ -162,7 +163,7 @@ class TestQuestions:
         assert asker.ask("SELECT 1").status == 503
 
     def test_a_sync_has_more_patience_than_a_question(self, path: Path) -> None:
-        assert SECONDS < LOCK_TIMEOUT_S - 2
+        assert SECONDS < END_PATIENCE_S
         store = open_pair(path.parent)[0]
         thread = threading.Thread(target=Asker(path, seconds=2.0).ask, args=["SELECT count(*) FROM range(1000000000000)"])
         thread.start()

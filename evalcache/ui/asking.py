@@ -26,7 +26,7 @@ from evalcache.structs import Frozen
 
 ROWS = 10_000
 SECONDS = 5.0
-"""Of which a running eval's sync may have to wait; it has more patience than that (`ledger.LOCK_TIMEOUT_S`)."""
+"""Of which a running eval's sync may have to wait; it has more patience than that (`cache.END_PATIENCE_S`)."""
 MEMORY_BYTES = 4 * 2**30
 ANSWER_BYTES = 16 * 2**20
 CELL_CHARACTERS = 50_000
