@@ -56,7 +56,7 @@ ROWS = {
     ),
     "outputs": (
         "SELECT md5('k' || k)::UUID, 'text', [1, 2], [], '{{}}', 'stop', 60, 2, 0.25, 'NVIDIA H200', 8, 'float32', '{{}}', "
-        "md5((k % {runs})::VARCHAR), {stored}, NULL, NULL FROM range({keys}) t(k)"
+        "md5((k % {runs})::VARCHAR), {stored}, NULL, NULL, NULL FROM range({keys}) t(k)"
     ),
 }
 """Table → its rows; digests are made from numbers."""

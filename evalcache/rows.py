@@ -212,6 +212,15 @@ class Rows:
             return self.query(f"{columns} AND key > ? ORDER BY key LIMIT ?", (after, limit))
         return self.query(f"{columns} AND key > ? AND key < ? ORDER BY key LIMIT ?", (after, before, limit))
 
+    def total(self) -> int:
+        """How many rows there are, as diskcache's triggers count them: at once, where counting ten million takes a second."""
+        found = self.query("SELECT value FROM Settings WHERE key = 'count' AND typeof(value) = 'integer'")
+        return found[0][0] if found else self.query("SELECT COUNT(*) FROM Cache")[0][0]
+
+    def count_texts(self) -> int:
+        """How many rows are under text."""
+        return self.query("SELECT COUNT(*) FROM Cache WHERE raw = 1 AND key < ?", (b"",))[0][0]
+
     def count(self, after: bytes | str, before: str | None = None) -> int:
         """How many rows `scan` would find without a limit."""
         where, values = ("key > ?", (after,)) if before is None else ("key > ? AND key < ?", (after, before))

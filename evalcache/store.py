@@ -308,9 +308,9 @@ class Store:
     # Looking after it
 
     def stats(self) -> StoreStats:
-        """What the store holds. Cost: a pass over the index."""
+        """What the store holds. Cost: a pass over the index of all that is not an entry."""
         return StoreStats(
-            entries=self._rows.count(_ENTRIES),
+            entries=self._rows.total() - self._rows.count_texts(),
             objects=self._rows.count(*_OBJECTS),
             journal_rows=self.journal_count(),
             aside=self._rows.count(*_ASIDE),
