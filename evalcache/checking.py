@@ -17,6 +17,7 @@ from evalcache.frame import size_bytes_of
 from evalcache.manifest import Manifest
 from evalcache.outbox import Outbox
 from evalcache.serving import Made
+from evalcache.sigterm import undivided
 from evalcache.watch import Batch, Watch
 
 CHECK_SHARE = 0.002
@@ -61,7 +62,7 @@ class Checking:
         Raises:
             FingerprintError: the model cannot be hashed exactly now; what waited is not stored.
         """
-        with watch.lock:
+        with watch.lock, undivided():
             try:
                 with self._counts.taking("fingerprint" if watch.manifest is None else "checks"):
                     manifest = watch.read()

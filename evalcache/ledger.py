@@ -28,6 +28,7 @@ from evalcache.errors import LedgerError, LedgerLockedError
 from evalcache.holders import held_by, holder_in
 from evalcache.intake import Intake, JournalSource, execute
 from evalcache.schema import STEPS, VERSION, comments, quoted
+from evalcache.sigterm import undivided
 from evalcache.structs import Frozen
 
 LOCK_TIMEOUT_S = 10.0
@@ -212,7 +213,8 @@ class Ledger:
         except OSError as error:
             raise LedgerError(f"{self.path}: the ledger's folder cannot be used: {error}", path=self.path) from error
         try:
-            yield
+            with undivided():
+                yield
         finally:
             lock.release()
 

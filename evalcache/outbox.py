@@ -18,6 +18,7 @@ from evalcache.faults import cache_folder_of, forget, tell_of_folder
 from evalcache.frame import size_bytes_of
 from evalcache.journal import Event, Overhead, RunStarted
 from evalcache.records import Action, Result
+from evalcache.sigterm import undivided
 from evalcache.store import Store
 
 FLUSH_S = 2.0
@@ -100,7 +101,7 @@ class Outbox:
             if self.broken and time.monotonic() < self._retry_at and not (last and self._try_s < _PATIENCE_S):
                 self._hold_less()
                 return
-        with self._counts.taking("write"):
+        with undivided(), self._counts.taking("write"):
             self._commit()
 
     def _commit(self) -> None:

@@ -24,6 +24,7 @@ from diskcache.core import MODE_RAW
 
 from evalcache.errors import CorruptEntryWarning, StoreError, StoreGoneError
 from evalcache.faults import tell
+from evalcache.sigterm import undivided
 
 ROW_LIMIT_BYTES = 512 << 20
 """Largest row that is written; SQLite itself refuses rows of 1 GB."""
@@ -126,7 +127,7 @@ class Rows:
         Raises:
             StoreError: the folder cannot be used.
         """
-        with self._writing:
+        with undivided(), self._writing:
             self._cache.close()
             self._cache = self._open()
             self._opened = _identity(self._file)
@@ -234,7 +235,7 @@ class Rows:
             StoreError: the folder cannot be written, or another process held it for longer than ``timeout_s``.
             StoreGoneError: the database was deleted, or another took its place; nobody would ever see what is written.
         """
-        with self._writing:
+        with undivided(), self._writing:
             found = _identity(self._file)
             if found is None or found != self._opened:
                 gone = "was deleted or replaced while it was in use"

@@ -10,6 +10,7 @@ How the process ended is `ending.py`'s business.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import os
@@ -66,6 +67,7 @@ class Session:
         self._pid = os.getpid()
         self._clients: list[str] = []
         self._unwatch_server: Callable[[], None] = lambda: None
+        self._unwatch_sigterm: Callable[[], None] | None = None
         self._plan = os.environ.get("EVALCACHE_PLAN") or None
         self._hooks: tuple[ImportHook, ...] = (
             ImportHook(TRIGGERS, self._install),
@@ -136,6 +138,8 @@ class Session:
             return
         self._closed = True
         self._unwatch_server()
+        if self._unwatch_sigterm is not None:
+            self._unwatch_sigterm()
         for name in self._clients:
             self._client(name).uninstall()
         if self._installed:
@@ -169,6 +173,10 @@ class Session:
                 name = "transformers" if self._plan is None else "planning"
                 importlib.import_module(f"evalcache.integrations.{name}").install(self.cache)
             self._installed = True
+            if self._unwatch_sigterm is None and self._plan is None:
+                from evalcache.sigterm import end_at_sigterm
+
+                self._unwatch_sigterm = end_at_sigterm(lambda number: self.close("interrupted", 128 + number))
         except Exception as error:
             warn(f"cannot hold on to transformers ({say(error)}); running without it")
 
@@ -361,3 +369,6 @@ def _tell(line: str) -> None:
         print(visible(line), file=stream, flush=True)
     except (OSError, ValueError):
         return  # closed, or its reader is gone: there is nobody to tell
+    except RuntimeError:  # a signal came while the script was writing there
+        with contextlib.suppress(OSError, ValueError):
+            os.write(stream.fileno(), f"{line}\n".encode(errors="replace"))

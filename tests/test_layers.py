@@ -25,6 +25,7 @@ LEVELS = {
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
     "holders": 1,  # nor this
+    "sigterm": 1,  # nor this
     "visible": 1,  # nor this
     "printing": 1.5,  # nor this
     "progress": 1,
