@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from evalcache.errors import EvalCacheError, EvalCacheWarning, ReplayMissError, UncacheableError
     from evalcache.manifest import Manifest
     from evalcache.one_model import loglikelihood, wrap
+    from evalcache.recompute import verify
     from evalcache.records import Policy
     from evalcache.session import Session, disable, enable
     from evalcache.sources import Named, named
@@ -59,6 +60,7 @@ _HOMES = {
     "named": "evalcache.sources",
     "run": "evalcache.engine",
     "run_async": "evalcache.engine",
+    "verify": "evalcache.recompute",
     "wrap": "evalcache.one_model",
 }
 
@@ -83,6 +85,7 @@ __all__ = [
     "named",
     "run",
     "run_async",
+    "verify",
     "wrap",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from evalcache.cli_options import Place, asks_a_cache
@@ -10,14 +12,27 @@ from evalcache.progress import progress_bar
 
 @click.command()
 @click.option("--fix", is_flag=True, help="Put right what is wrong, as far as the store and the ledger tell. Deletes nothing.")
+@click.option("--recompute", "count", type=click.IntRange(min=1), metavar="N", help="Have the model compute N entries again.")
+@click.option("--model", metavar="FOLDER", help="With --recompute: its checkpoint (default: where runs loaded it from).")
+@click.option("--seed", default=0, show_default=True, help="With --recompute: of the draw.")
 @asks_a_cache
-def verify(fix: bool, directory: str | None, as_json: bool) -> int:
+def verify(fix: bool, count: int | None, model: str | None, seed: int, directory: str | None, as_json: bool) -> int:
     """Check every byte of the cache, and the store and the ledger against each other. Exit code 1 if anything is wrong.
 
     With --fix damaged files are moved aside and damaged entries set aside; the ledger is told what the store has, and the store
     gets back what the ledger can prove: an entry whose question has its very key, and whose answer has the digest that the ledger
     took of it. What is in neither is named, and computed again when it is asked for. Exit code 1 if anything is still wrong.
+
+    With --recompute N entries of a model are drawn at random, in proportion to what each task asked, and computed again by the
+    model itself, in place of the check: greedy generations and log-likelihoods of this environment; others are counted as not
+    recomputable. Exit code 1 if an answer is wrong. Otherwise the share of wrong ones is at most 3/N, with 95 % confidence.
     """
+    if count is not None:
+        if fix:
+            raise click.UsageError("--fix or --recompute")
+        return _recompute(Place(directory).directory, count, model, seed, as_json)
+    if model is not None:
+        raise click.UsageError("--model is for --recompute")
     from evalcache.mending import mend_folder, verify_folder
     from evalcache.printing import print_fields, print_json, visible
 
@@ -41,6 +56,24 @@ def verify(fix: bool, directory: str | None, as_json: bool) -> int:
     for sentence in found.fixes:
         print(visible(f"`evalcache verify --fix` would {sentence}"))
     print_fields({name: value for name, value in found.to_json().items() if isinstance(value, int)})
+    return int(not found.good)
+
+
+def _recompute(folder: Path, count: int, model: str | None, seed: int, as_json: bool) -> int:
+    from evalcache.printing import print_fields, print_json, visible
+    from evalcache.recompute import verify_checkpoint
+
+    with progress_bar("computing again") as tell:
+        found = verify_checkpoint(model, count, seed, folder, tell)
+    if as_json:
+        print_json(found.to_json())
+        return int(not found.good)
+    told = found.to_json()
+    for key, why in told.pop("wrong").items():
+        print(visible(f"wrong: {key}: {why}"))
+    for why, entries in told.pop("not_recomputable").items():
+        print(visible(f"not recomputable: {entries:,}: {why}"))
+    print_fields(told | {"wrong": len(found.wrong)})
     return int(not found.good)
 
 

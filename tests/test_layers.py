@@ -108,6 +108,9 @@ LEVELS = {
     "session": 7,
     "engine": 7.5,  # the loop itself
     "one_model": 7.5,
+    "drawing": 2,  # a sample of entries, and what it says of all
+    "comparing": 3,  # an answer with the same one computed again
+    "recompute": 7.5,  # stored entries, computed again
     "doctor": 7.5,  # what is wrong with an installation or a folder
     "launch": 7,
     "ab": 7.5,  # a command with us and without
