@@ -136,7 +136,7 @@ def rebuild_frame(key: Digest, row: Sequence[Any] | None, read: Callable[[str], 
     if proof is None:
         raise _Refusal(NO_PROOF)
     try:
-        scalars, recorded = decode(exact) if exact is not None else ({}, {})
+        scalars, recorded, *odd = decode(exact) if exact is not None else ({}, {})
         tensors = {} if arrays is None else {name: Array(one[0], tuple(one[1]), one[2]) for name, one in decode(arrays).items()}
         request = Request(kind, _ids(prompt), settings, {} if inputs is None else decode(inputs))
         action = Action(Digest.parse(model), request, Environment(environment, recorded))
@@ -144,7 +144,7 @@ def rebuild_frame(key: Digest, row: Sequence[Any] | None, read: Callable[[str], 
             raise _Refusal(NO_QUESTION)
         cost = None if seconds is None else Cost(seconds, read_tokens, made, device, batch)
         scores = np.array([np.nan if value is None else value for value in logprobs], dtype="<f8").tobytes()
-        result = Result(_ids(tokens), text, scores, finish, scalars, tensors, cost)
+        result = Result(_ids(tokens), text, *(odd or [scores]), finish, scalars, tensors, cost)
         if digest_answer(result).hex != proof:
             raise _Refusal(NO_ANSWER if arrays is not None else TOO_LARGE)
         return encode_frame(key, action, result, run, created_us / 1e6), action

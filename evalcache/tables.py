@@ -112,11 +112,15 @@ def output_row(entry: Entry, recorded: Mapping[str, Any], dtype: str | None) -> 
     arrays = None
     if result.arrays and sum(len(array.data) for array in result.arrays.values()) <= ARRAYS_LIMIT_BYTES:
         arrays = encode_trusted({name: [a.dtype, list(a.shape), a.data] for name, a in result.arrays.items()})
+    logprobs = np.frombuffer(result.logprobs, dtype="<f8")
+    exact = [scalars, recorded] if scalars or recorded else []
+    if np.isnan(logprobs).any() and np.where(np.isnan(logprobs), np.nan, logprobs).tobytes() != result.logprobs:
+        exact = [scalars, recorded, result.logprobs]  # there is more than one not-a-number, and the column tells of one
     return (
         entry.key.hex,
         result.text,
         np.frombuffer(result.tokens, dtype="<i4"),
-        np.frombuffer(result.logprobs, dtype="<f8"),
+        logprobs,
         render_json(scalars),
         result.finish_reason,
         cost.prompt_tokens if cost else None,
@@ -128,7 +132,7 @@ def output_row(entry: Entry, recorded: Mapping[str, Any], dtype: str | None) -> 
         render_json(recorded),
         entry.run,
         entry.created_at,
-        encode_trusted([scalars, recorded]) if scalars or recorded else None,
+        encode_trusted(exact) if exact else None,
         arrays,
         digest_answer(result).hex,
     )

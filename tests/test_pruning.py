@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from recorded import BASE, FIRST, NOON, SECOND, TUNED, ask_all, begin, make_action, make_result, open_pair, write
 
@@ -135,7 +135,12 @@ def test_what_nobody_measured_stands_at_the_mean(tmp_path):
     assert order[0] == keys[0] and order[1] == keys[1] and plan_prune(store, told_at=later()).total.unmeasured == 1
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     st.lists(st.tuples(st.none() | st.floats(0, 1e3), st.integers(0, 900), st.floats(0, 1e9)), min_size=1, max_size=12),
     st.floats(0, 1),
