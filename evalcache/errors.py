@@ -62,6 +62,14 @@ class FrameError(EvalCacheError):
     """Stored bytes are not a valid entry. Fields: ``key``, ``expected``, ``found``."""
 
 
+class NewerFrameError(FrameError):
+    """An entry that a newer evalcache wrote: it stays where it is, for that one. Fields: as `FrameError`."""
+
+
+class NewerEventError(CanonicalError):
+    """A journal's event that a newer evalcache wrote: it waits, and all that follows it, for that one. Fields: ``found``."""
+
+
 class StoreError(EvalCacheError):
     """The store folder cannot be used. Fields: ``path``."""
 

@@ -55,6 +55,7 @@ _TEXT_BYTES = 4 << 20
 _LOCK = "export.lock"  # held by the process that writes
 _ABANDONED_S = 60.0
 _OBJECT = re.compile(r"(fields|model)/[0-9a-f]{32}")
+_IGNORED = re.compile(r"probe/[0-9a-f]{32}")  # what a machine found out about an architecture; exported once, never taken
 
 
 class Exported(Frozen):
@@ -154,7 +155,7 @@ def import_entries(
             for done, (key, frame) in enumerate(_each(read("entries")), 1):
                 _check_entry(path, key, frame)
                 progress(done, 2 * counts["entries"])
-            objects = dict(_each(read("objects")))
+            objects = {name: data for name, data in _each(read("objects")) if not _IGNORED.fullmatch(str(name))}
             for name, data in objects.items():
                 _check_object(path, name, data)
             taken = Taken()

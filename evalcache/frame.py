@@ -10,6 +10,9 @@
 | …–… | the question: kind, digests of model, settings and environment, tokens, inputs, recorded; likewise |
 | last 16 | xxh3_128 over everything before |
 
+Magic, version and checksum stay where they are in every later version: so is an entry of a newer evalcache told from a damaged
+one.
+
 A segment whose packed and raw lengths are equal is stored as it is. A hit reads the answer only; the question is there so that
 the ledger can be rebuilt from the store alone. One segment for both was rejected: a hit would unpack three times what it needs.
 
@@ -29,7 +32,7 @@ import zstandard
 
 from evalcache.canonical import decode, encode_canonical
 from evalcache.digest import SIZE_BYTES, Digest, checksum
-from evalcache.errors import CanonicalError, FrameError
+from evalcache.errors import CanonicalError, FrameError, NewerFrameError
 from evalcache.records import Action, Array, Cost, Entry, Result
 from evalcache.structs import Frozen, field
 
@@ -209,6 +212,9 @@ def _open(key: Digest, frame: Any) -> tuple[int, int, int, int]:
     magic, version, owner, packed_answer, answer, packed_question, question = _HEADER.unpack_from(frame)
     if magic != MAGIC:
         raise _fault(key, "the row is not a frame", MAGIC, magic)
+    if version > FRAME_VERSION and frame.endswith(checksum(frame[:-SIZE_BYTES])):  # these ends stay, whatever is between them
+        fault = _fault(key, "a newer evalcache wrote this entry", FRAME_VERSION, version)
+        raise NewerFrameError(fault.message, hint="upgrade", **fault.fields)
     if version != FRAME_VERSION:
         raise _fault(key, "the frame has another version", FRAME_VERSION, version)
     if _HEADER_BYTES + packed_answer + packed_question + SIZE_BYTES != size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from evalcache.digest import SIZE_BYTES, Digest
-from evalcache.errors import FrameError
+from evalcache.errors import FrameError, NewerFrameError
 from evalcache.frame import decode_entry, decode_question, unseal
 from evalcache.rows import Rows
 from evalcache.structs import Frozen
@@ -73,6 +73,8 @@ def what_is_wrong(raw: object, kind: str, key: bytes | None, value: bytes | None
         try:
             decode_entry(Digest(key), value)  # type: ignore[arg-type]
             decode_question(Digest(key), value)  # type: ignore[arg-type]
+        except NewerFrameError:
+            return None  # it may be good: who wrote it can tell
         except FrameError as error:
             return str(error)
         return None

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from evalcache.canonical import decode, encode_canonical
-from evalcache.errors import CanonicalError
-from evalcache.structs import Frozen, asdict, field
+from evalcache.errors import CanonicalError, NewerEventError
+from evalcache.structs import Frozen, Struct, asdict, field, names_of
 
 
 class RunStarted(Frozen):
@@ -229,10 +229,14 @@ def decode_event(data: bytes) -> Event:
     """The event that `encode_event` wrote.
 
     Raises:
-        CanonicalError: the bytes are not an event that this version knows.
+        NewerEventError: they are one of an evalcache that knows more events, or more of them.
+        CanonicalError: the bytes are not an event.
     """
     try:
         name, values = decode(data)
+        if type(name) is str and type(values) is dict and not set(values) <= set(names_of(_EVENTS.get(name, Struct))):
+            hint = "upgrade: nothing is lost, it waits for the ledger"
+            raise NewerEventError(f"the journal holds {name!r} of a newer evalcache", hint=hint, found=name)
         kind = _EVENTS[name]
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except (AttributeError, ValueError, TypeError, KeyError) as error:

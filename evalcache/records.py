@@ -18,7 +18,7 @@ import numpy as np
 
 from evalcache.canonical import encode_canonical
 from evalcache.digest import Digest, digest_bytes
-from evalcache.structs import Frozen, field
+from evalcache.structs import Frozen, field, replace
 
 UNCACHEABLE_REASONS: Mapping[str, str] = MappingProxyType(
     {
@@ -224,6 +224,11 @@ class Entry(Frozen):
     result: Result
     run: str
     created_at: float
+
+
+def is_same_answer(one: Result, other: Result) -> bool:
+    """Whether two results are one answer, whatever it cost."""
+    return replace(one, cost=None) == replace(other, cost=None)
 
 
 class Taken(Frozen):

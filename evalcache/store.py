@@ -24,15 +24,15 @@ from typing import Any
 from evalcache.canonical import decode, encode_canonical
 from evalcache.collector import paused_for
 from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
-from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, StoreError
-from evalcache.faults import tell
+from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, NewerEventError, NewerFrameError, StoreError
+from evalcache.faults import tell, tell_of_folder
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
 from evalcache.inspection import ASIDE, STATE, BadRow, bad_rows, set_aside
 from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
-from evalcache.records import Action, Entry, Result, Taken
+from evalcache.records import Action, Entry, Result, Taken, is_same_answer
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
-from evalcache.structs import Frozen, replace
+from evalcache.structs import Frozen
 from evalcache.transfers import Transfers
 
 _CONFLICT = "conflict/"  # among the objects
@@ -67,6 +67,7 @@ class Store:
     def __init__(self, directory: str | os.PathLike[str], *, timeout_s: float = 60) -> None:
         self.directory = Path(directory)
         self.corrupt_count = 0
+        self._newer: set[bytes] = set()  # keys of entries that a newer evalcache wrote
         self._rows = Rows(directory, timeout_s=timeout_s)
         self.leases = Leases(self._rows)
         self.transfers = Transfers(self._rows)
@@ -184,7 +185,8 @@ class Store:
         for key, action, result in entries:
             for fields in (action.request.settings, action.environment.keyed):
                 shared.setdefault(f"fields/{fields.digest.hex}", fields.canonical)
-            frames.append((key.value, self._encode(key, action, result, run, created_at)))
+            if key.value not in self._newer:
+                frames.append((key.value, self._encode(key, action, result, run, created_at)))
         if frames:
             events = [*events, Stored(run, tuple(value for value, _ in frames))]
         encoded = [encode_event(event) for event in events]
@@ -228,7 +230,7 @@ class Store:
             shared, others = dict(objects), 0
             for key, frame in frames:
                 mine = here.get(key)
-                if isinstance(mine, Entry) and not _is_same(mine.result, decode_entry(key, frame).result):
+                if isinstance(mine, Entry) and not is_same_answer(mine.result, decode_entry(key, frame).result):
                     shared[f"{_CONFLICT}{key.hex}/{digest_bytes(frame).hex}"] = frame
                     others += 1
             events = [Stored("", tuple(value for value, _ in new))] if new and told else []
@@ -282,6 +284,10 @@ class Store:
             for row, value in rows:
                 try:
                     events.append((int(row.removeprefix(_JOURNAL[0])), decode_event(unseal(row, value))))
+                except NewerEventError:
+                    if not events:
+                        raise
+                    break
                 except (FrameError, CanonicalError, ValueError) as error:
                     bad.append((row, value, str(error)))
             self._rows.set_aside(bad)
@@ -355,9 +361,14 @@ class Store:
                         found[key] = decode_frame(key, frame)
                     except FrameError as error:
                         bad.append((key, frame, error))
-        bad += [(wanted[value], None, _unreadable(wanted[value], why)) for value, why in unreadable]
+        for key, why in ((wanted[value], why) for value, why in unreadable):
+            bad.append((key, None, FrameError(f"{key}: the row cannot be read: {why}", key=key, expected="a row", found=why)))
         if bad:
             found.update((key, error) for key, _, error in bad)
+            if newer := {key.value for key, _, error in bad if isinstance(error, NewerFrameError)}:
+                self._newer |= newer
+                tell_of_folder(self.directory.parent, f"{bad[0][2].message}; it is computed again here: upgrade to use such")
+                bad = [one for one in bad if one[0].value not in newer]
             self.corrupt_count += len(bad)
             self._rows.set_aside([(key.value, frame, str(error)) for key, frame, error in bad])
         return found
@@ -382,15 +393,6 @@ class Store:
 
     def _set_state(self, store_id: str, last: int) -> None:
         self._rows.put([(STATE, seal(STATE, encode_canonical([store_id, last])))])
-
-
-def _is_same(one: Result, other: Result) -> bool:
-    """Whether two results are one answer, whatever it cost."""
-    return replace(one, cost=None) == replace(other, cost=None)
-
-
-def _unreadable(key: Digest, why: str) -> FrameError:
-    return FrameError(f"{key}: the row cannot be read: {why}", key=key, expected="a row", found=why)
 
 
 def _journal_row(number: int) -> str:
