@@ -73,7 +73,7 @@ CAUSES = {
     "environment": "another environment: the same request was asked of the same model in another one",
     "prompt": "a new prompt: it was never asked before",
     "first": "nothing was stored before",
-    "gone": "this very request was stored before and is not in the store any more, or it is another store",
+    "gone": "this very request was stored before and is not in the store any more (pruned, say), or it is another store",
     "refresh": "the policy was refresh, which computes everything again",
     "corrupt": "the stored entry was damaged",
     "batch": "a neighbour in the same batch missed, and the batch is computed as a whole",

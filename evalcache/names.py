@@ -102,7 +102,9 @@ def find_run(ask: Ask, run: str) -> str:
         UnknownNameError: there is no such run, or more than one. Fields: ``found``.
     """
     if run == "last":
-        found = ask("SELECT run FROM run_spans ORDER BY started_at DESC NULLS LAST, run LIMIT 1").rows
+        # Not one in which stored entries were computed again, to see whether they are right.
+        others = "run NOT IN (SELECT run FROM overheads WHERE kind = 'recompute')"
+        found = ask(f"SELECT run FROM run_spans WHERE {others} ORDER BY started_at DESC NULLS LAST, run LIMIT 1").rows
     else:
         found = ask("SELECT run FROM run_spans WHERE run = ?", [run]).rows
         found = found or ask("SELECT run FROM run_spans WHERE starts_with(run, ?)", [run.replace("-", "").lower()]).rows

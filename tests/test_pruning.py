@@ -185,11 +185,14 @@ def test_what_was_pruned_is_gone_and_its_history_stays(asked, tmp_path):
 
 def test_what_was_stored_since_and_what_is_damaged_stays(asked):
     store, _, first, _ = asked
+    store.rows.query("UPDATE Cache SET value = x'00' WHERE key = ?", (first[0].value,))
     at = later()
     (new,) = write(store, SECOND, NOON, [(make_action(prompt=(7, 7)), make_result())])
-    write(store, SECOND, NOON, [(make_action(prompt=(1, 3)), make_result((3,)))])  # computed anew
-    store.rows.query("UPDATE Cache SET value = x'00' WHERE key = ?", (first[0].value,))
-    assert prune(store, plan_prune(store, told_at=at)) == 10
+    plan = plan_prune(store, told_at=at)
+    write(
+        store, SECOND, NOON, [(make_action(prompt=(1, 3)), make_result((3,)))]
+    )  # computed anew while somebody looks at the plan
+    assert len(plan.keys) == 11 and prune(store, plan) == 10
     assert keys_in(store) == {new, first[3], first[0]}
     assert {f"model/{BASE.root.hex}"} < {name for name, _ in store.objects()}, "that one is still named"
 
@@ -315,6 +318,9 @@ def test_without_a_limit_nothing_goes_and_with_one_as_little_as_needed(asked, mo
     assert evict(store, told_at=later(), run=FIRST) == Amount()
     monkeypatch.setenv("EVALCACHE_MAX_SIZE", "1GB")
     assert evict(store, told_at=later(), run=FIRST) == Amount()
+    assert used_bytes(store) > stored_bytes(store) + 10
+    monkeypatch.setenv("EVALCACHE_MAX_SIZE", str(stored_bytes(store) + 10))
+    assert evict(store, told_at=later(), run=FIRST) == Amount(), "what counts is stored, not the file"
     limit = stored_bytes(store) - 10
     monkeypatch.setenv("EVALCACHE_MAX_SIZE", str(limit))
     went = evict(store, told_at=later(), run=FIRST)
