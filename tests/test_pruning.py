@@ -343,8 +343,7 @@ def test_a_run_that_cannot_tell_the_ledger_evicts_nothing(tmp_path, monkeypatch)
     cache = Cache(tmp_path, run="4" * 32)
     cache.note(begin("4" * 32, NOON)[0])
     with ledger.turn():  # as another process would hold it
-        monkeypatch.setattr("evalcache.ledger.LOCK_TIMEOUT_S", 0.1)
-        monkeypatch.setattr("evalcache.cache.Ledger", lambda path: Ledger(path, lock_timeout_s=0.1))
+        monkeypatch.setattr("evalcache.cache.END_PATIENCE_S", 0.1)
         cache.close()
     assert cache.evicted is None and len(keys_in(store)) == 12
     cache = Cache(tmp_path, run="5" * 32)
