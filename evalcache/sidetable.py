@@ -18,6 +18,9 @@ from evalcache.faults import tell, tell_of_folder
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 
+# The last: what SQLite says of a damaged schema may hold bytes that are no text.
+_FAULTS = (sqlite3.Error, UnicodeDecodeError)
+
 
 class SideTable:
     """Bytes under bytes in one file, for many threads and processes.
@@ -40,7 +43,7 @@ class SideTable:
         try:
             with self._connection() as connection:
                 row = connection.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             self._failed("read", error)
             return None
         if row is None:
@@ -60,7 +63,7 @@ class SideTable:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             with self._connection() as connection:
                 connection.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (key, checksum(key + value) + value))
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *_FAULTS) as error:
             self._failed("written", error)
             return False
         return True
@@ -79,7 +82,7 @@ class SideTable:
 
     def _failed(self, what: str, error: Exception) -> None:
         # OperationalError is a matter of the moment (locked, full, read-only); any other DatabaseError is a broken file.
-        if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.OperationalError):
+        if not isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError)) or isinstance(error, sqlite3.OperationalError):
             tell_of_folder(self.path.parent, f"{self.path} cannot be {what}: {error}", stacklevel=4)
             return
         for suffix in ("", "-wal", "-shm"):

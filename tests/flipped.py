@@ -6,6 +6,7 @@ that, too, is told. What may come of it: `OUTCOMES`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from evalcache.errors import EvalCacheError
 from evalcache.intake import Intake
 from evalcache.journal import Event
 from evalcache.ledger import Ledger
+from evalcache.mending import mend_folder, verify_folder
 from evalcache.records import Entry
 from evalcache.schema import columns
 from evalcache.sidetable import SideTable
@@ -41,19 +43,23 @@ TARGETS = {
     "ledger and its log": ("ledger.duckdb", "ledger.duckdb.wal"),
     "side table": ("files.sqlite",),
 }
+MENDED = tuple(target for target in TARGETS if target != "side table")
+"""What `verify --fix` mends."""
 OUTCOMES = {
     "right": "served right",
     "corrupt": "a miss with a reason",
     "verify": "found by verify",
     "error": "a clear error",
+    "mended": "mended, and all of it served",
     "gone": "gone with the end of a log, as after a power cut: computed again",
     "wrong": "WRONG",
     "unnoticed": "LOST UNNOTICED",
+    "unmended": "NOT MENDED",
     "raised": "ANOTHER ERROR",
     "crashed": "CRASHED",
     "hung": "HUNG",
 }
-GOOD = ("right", "corrupt", "verify", "error", "gone")
+GOOD = ("right", "corrupt", "verify", "error", "gone", "mended")
 _PATIENCE_S = 30.0
 _VIEWS = ("answers", "hits_by_run", "models_in_order")
 
@@ -172,13 +178,14 @@ def _look_at_store(folder: Path, expected: _Expected) -> str:
         if any(found[key] != expected.entries[key] for key in good):
             return "wrong"
         kept = {key for key, _ in store.frames()}
-        # As `verify_cache` looks at it: the ledger knows of some of them.
-        told = bool(store.check()) or not {key_of_number(number) for number in numbers_of(KNOWN)} <= kept
+        missing = {_batch_of(key) for key in expected.entries.keys() - good}
         noticed = len(found) > len(good)
+        told = bool(store.check())
+        if missing and not (noticed or told):
+            told = not verify_folder(folder).good
         for number, event in store.journal(limit=1000):
             if expected.events.get(number) != event:
                 return "wrong"
-        missing = {_batch_of(key) for key in expected.entries.keys() - good}
         for batch in (*missing, NEW):
             put_batch(store, batch)
         again = store.get_many([*expected.entries, key_of_number(NEW * SIZE)])
@@ -197,6 +204,22 @@ def _look_at_store(folder: Path, expected: _Expected) -> str:
 
 def _batch_of(key: Any) -> int:
     return next(number // SIZE for number in numbers_of([*KNOWN, *WAITING]) if key_of_number(number) == key)
+
+
+def _mend(folder: Path, expected: _Expected) -> str:
+    """Have it mended, and see that it is: what was readable is served, what the ledger knew is back, and nothing is wrong."""
+    good = {key_of_number(number) for number in numbers_of(KNOWN)}
+    with contextlib.suppress(EvalCacheError), Store(folder / "store") as store:
+        found = store.get_many(list(expected.entries))
+        good |= {key for key, entry in found.items() if isinstance(entry, Entry)}
+    mend_folder(folder)
+    if not verify_folder(folder).good:
+        return "unmended"
+    with Store(folder / "store") as store:
+        found = store.get_many(list(expected.entries))
+    if any(entry != expected.entries[key] for key, entry in found.items()):
+        return "wrong"
+    return "mended" if good <= found.keys() else "unnoticed"
 
 
 def _look_at_ledger(folder: Path, expected: _Expected) -> str:
@@ -227,12 +250,14 @@ def _look_at_side_table(folder: Path, expected: _Expected) -> str:
 _LOOKS = {"store": _look_at_store, "ledger": _look_at_ledger, "side table": _look_at_side_table}
 
 
-def _examine(target: str, prepared: Path, scratch: Path, damages: Sequence[Damage], connection: Connection) -> None:
+def _examine(
+    target: str, prepared: Path, scratch: Path, damages: Sequence[Damage], mending: bool, connection: Connection
+) -> None:
     """In a process of its own: tells of each damage what came of it."""
     warnings.simplefilter("ignore")  # a warning is what a damage is meant to cost
     expected = _expect(prepared, target)
     contents = {path.relative_to(prepared): path.read_bytes() for path in prepared.rglob("*") if path.is_file()}
-    look = _LOOKS[target.removesuffix(" and its log")]
+    look = _mend if mending else _LOOKS[target.removesuffix(" and its log")]
     connection.send("ready")
     for damage in damages:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -267,22 +292,26 @@ class Flips:
         self._memory = tempfile.TemporaryDirectory(dir=memory)
         self._scratch = Path(self._memory.name) / "damaged"
 
-    def run(self, count: int, seed: int = 0) -> list[tuple[Damage, str, str]]:
-        """So many damages; returns those of which something came that may not."""
+    def run(self, count: int, seed: int = 0, *, mending: bool = False) -> list[tuple[Damage, str, str]]:
+        """So many damages; returns those of which something came that may not.
+
+        Args:
+            mending: have each of them mended by ``verify --fix``.
+        """
         damages = draw_damages(self.prepared, self.target, count, seed)
-        for damage, (outcome, said) in zip(damages, self._outcomes(damages), strict=True):
+        for damage, (outcome, said) in zip(damages, self._outcomes(damages, mending), strict=True):
             self.outcomes[outcome] += 1
             self.said[said[:60]] += 1
             if outcome not in GOOD:
                 self.bad.append((damage, outcome, said))
         return self.bad
 
-    def _outcomes(self, damages: Sequence[Damage]) -> Iterator[tuple[str, str]]:
+    def _outcomes(self, damages: Sequence[Damage], mending: bool) -> Iterator[tuple[str, str]]:
         done = 0
         while done < len(damages):
             context = fork_server()
             ours, theirs = context.Pipe(duplex=False)
-            work = (self.target, self.prepared, self._scratch, damages[done:], theirs)
+            work = (self.target, self.prepared, self._scratch, damages[done:], mending, theirs)
             process = context.Process(target=_examine, args=work)
             process.start()
             theirs.close()

@@ -13,14 +13,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from flipped import TARGETS, Flips
+from flipped import MENDED, TARGETS, Flips
 from numbered import SIZE, entry_of, key_of_number, put_batch
 from recorded import open_pair
 
 from evalcache.digest import Digest
 from evalcache.store import Store
 
-COUNTS = {"store": 240, "store and its log": 120, "ledger": 60, "ledger and its log": 60, "side table": 60}
+COUNTS = {"store": 240, "store and its log": 120, "ledger": 60, "ledger and its log": 60, "side table": 60}  # 540
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -30,6 +30,19 @@ def test_no_damage_makes_a_wrong_answer(tmp_path: Path, target: str) -> None:
     flips = Flips(target, tmp_path)
     assert flips.run(COUNTS[target]) == []
     assert flips.outcomes["right"] < COUNTS[target], "no damage hit anything"
+
+
+@needs_fork
+@pytest.mark.parametrize("target", ["store", "ledger"])
+def test_what_is_damaged_is_mended(tmp_path: Path, target: str) -> None:
+    assert Flips(target, tmp_path).run(4, mending=True) == []
+
+
+@needs_fork
+@pytest.mark.campaign
+@pytest.mark.parametrize("target", MENDED)
+def test_all_that_is_damaged_is_mended(tmp_path: Path, target: str) -> None:
+    assert Flips(target, tmp_path).run(60, seed=1, mending=True) == []
 
 
 @needs_fork
