@@ -33,8 +33,7 @@ def watches(monkeypatch: pytest.MonkeyPatch) -> list[timing.Stopwatch]:
     found: list[timing.Stopwatch] = []
 
     class Seen(timing.Stopwatch):
-        def __init__(self) -> None:
-            super().__init__()
+        def __post_init__(self) -> None:
             found.append(self)
 
     assert scoring.Stopwatch is not Seen  # which it takes to say that all of a batch was reading

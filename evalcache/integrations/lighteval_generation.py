@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -374,7 +375,7 @@ def _together(batches: Sequence[_Batch], job: Sequence[Place]) -> tuple[dict[str
     pad = torch.nn.functional.pad
     ids = torch.stack([pad(ids, (width - len(ids), 0), value=first.call.fill_id) for ids, _ in pairs])
     mask = torch.stack([pad(mask, (width - len(mask), 0), value=0) for _, mask in pairs])
-    batch = replace(
+    batch = dataclasses.replace(  # the client's own
         first.given["batch"],
         input_ids=ids,
         input_mask=mask,
