@@ -30,9 +30,10 @@ ORIGINAL = "__evalcache_original__"
 
 _LIBRARY_FOLDERS = tuple(
     dict.fromkeys(
-        str(Path(folder).resolve()) + "/"
+        str(path) + "/"
         for name in ("purelib", "platlib", "stdlib", "platstdlib")
         if (folder := sysconfig.get_paths().get(name))
+        for path in (Path(folder).resolve(), Path(folder).absolute())  # a virtual environment may be reached by a link
     )
 )
 _OUR_FOLDER = str(Path(__file__).resolve().parent) + "/"

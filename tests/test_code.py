@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -622,3 +623,13 @@ def test_files_belong_to_libraries_or_to_the_user() -> None:
     assert library_of(__file__) is None
     assert version_of("torch") == torch.__version__
     assert version_of("no_such_package") is None
+
+
+def test_a_virtual_environment_that_is_reached_by_a_link_holds_libraries_all_the_same(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(sys.prefix)
+    code = "import sys, xxhash, json; from evalcache.code import library_of; print(sys.prefix, *map(library_of, sys.argv[1:]))"
+    inside = sysconfig.get_paths()["purelib"].removeprefix(sys.prefix)
+    files = (f"{link}{inside}/xxhash/__init__.py", f"{sys.prefix}{inside}/xxhash/__init__.py", str(tmp_path / "script.py"))
+    done = subprocess.run([link / "bin" / "python", "-c", code, *files], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(link), "xxhash", "xxhash", "None"], done.stderr
