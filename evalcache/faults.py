@@ -11,6 +11,9 @@ from pathlib import Path
 from evalcache.errors import EvalCacheWarning
 from evalcache.visible import visible
 
+FOLDER_HINT = "check its rights and space, or set EVALCACHE_DIR"
+"""What to do about a cache folder that cannot be used."""
+
 _told: set[str] = set()
 _telling = threading.Lock()
 

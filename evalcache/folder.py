@@ -18,8 +18,8 @@ import platformdirs
 
 from evalcache.digest import digest_bytes
 from evalcache.errors import EvalCacheError, StoreError
+from evalcache.faults import FOLDER_HINT
 
-_HINT = "check its rights and space, or set EVALCACHE_DIR"
 _REMOTE = {
     0x6969: "nfs", 0x517B: "smb", 0xFE534D42: "smb2", 0xFF534D42: "cifs", 0x0BD00BD0: "lustre", 0x47504653: "gpfs",
     0x19830326: "beegfs", 0x00C36400: "ceph", 0x01021997: "9p", 0x5346414F: "afs", 0x6B414653: "afs", 0x73757245: "coda",
@@ -100,7 +100,9 @@ def make_folder(folder: Path) -> None:
         for above in [*reversed(folder.parents), folder]:  # those above it, too, which `parents=True` would give the usual mode
             above.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"the cache folder {folder} cannot be made: {error.strerror}", hint=_HINT, path=str(folder)) from error
+        raise StoreError(
+            f"the cache folder {folder} cannot be made: {error.strerror}", hint=FOLDER_HINT, path=str(folder)
+        ) from error
 
 
 def _statfs_type(path: Path) -> int | None:

@@ -23,7 +23,7 @@ import diskcache
 from diskcache.core import MODE_RAW
 
 from evalcache.errors import CorruptEntryWarning, StoreError, StoreGoneError
-from evalcache.faults import tell
+from evalcache.faults import FOLDER_HINT, tell
 from evalcache.sigterm import undivided
 
 ROW_LIMIT_BYTES = 512 << 20
@@ -327,7 +327,7 @@ class Rows:
         files = (self.directory / f"cache.db{suffix}" for suffix in ("", "-wal", "-shm"))
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def unusable(self, what: str, error: object, hint: str = "check its rights and space, or set EVALCACHE_DIR") -> StoreError:
+    def unusable(self, what: str, error: object, hint: str = FOLDER_HINT) -> StoreError:
         """The error to raise when this folder does not do what it should."""
         return StoreError(f"store {self.directory} {what}: {error}", hint=hint, path=str(self.directory))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evalcache.digest import SIZE_BYTES, checksum
 from evalcache.errors import CorruptEntryWarning
-from evalcache.faults import tell, tell_of_folder
+from evalcache.faults import FOLDER_HINT, tell, tell_of_folder
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 
@@ -83,7 +83,8 @@ class SideTable:
     def _failed(self, what: str, error: Exception) -> None:
         # OperationalError is a matter of the moment (locked, full, read-only); any other DatabaseError is a broken file.
         if not isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError)) or isinstance(error, sqlite3.OperationalError):
-            tell_of_folder(self.path.parent, f"{self.path} cannot be {what}: {error}", stacklevel=4)
+            said = f"{self.path} cannot be {what}, this run goes on without what does not fit: {error} ({FOLDER_HINT})"
+            tell_of_folder(self.path.parent, said, stacklevel=4)
             return
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(OSError):

@@ -39,8 +39,9 @@ class Transfers:
         Raises:
             StoreError: the store cannot be written.
         """
-        with self._rows.transaction("sharing it"):
-            self._rows.add(_SHARED, seal(_SHARED, folder.encode()))
+        if self._rows.get(_SHARED) is None:
+            with self._rows.transaction("sharing it"):
+                self._rows.add(_SHARED, seal(_SHARED, folder.encode()))
         self._on = True
 
     def note(self, keys: Sequence[bytes]) -> None:
@@ -104,10 +105,9 @@ class Transfers:
         return len(lost)
 
     def _names(self, after: str, before: str) -> Iterator[str]:
-        start = after
-        while rows := self._rows.scan(start, before, _SCAN_ROWS):
-            yield from (row.removeprefix(after) for row, _ in rows)
-            start = rows[-1][0]
+        # Without the values: those of `gave` are as large as all keys that were ever given.
+        named = "SELECT key FROM Cache WHERE raw = 1 AND key > ? AND key < ?"
+        yield from (row.removeprefix(after) for (row,) in self._rows.query(named, (after, before)))
 
     def _keys(self, after: str, before: str) -> dict[str, list[Digest]]:
         found: dict[str, list[Digest]] = {}

@@ -267,6 +267,39 @@ def test_a_folder_that_is_deleted_meanwhile(tmp_path: Path, way: str) -> None:
     assert models == [{"n": 1}]
 
 
+REAL = """
+    import os, subprocess, sys
+    sys.path.insert(0, {tests!r})
+    import torch, transformers, tiny
+    torch.set_num_threads(1)
+    if not os.path.isdir("model"):
+        tiny.build("llama").save_pretrained("model")
+    for step in range(4):
+        if command := os.environ.get(f"AT_{{step}}"):
+            subprocess.run(["sh", "-c", command], check=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained("model", dtype="float32")
+        print(model.generate(**tiny.prompts(seed=step), max_new_tokens=8, do_sample=False).tolist())
+    sys.exit(7)
+"""
+
+
+@needs_mounts
+@pytest.mark.campaign
+@pytest.mark.parametrize("fault", ["full", "full from the start", "deleted"])
+def test_a_real_model_on_a_failing_folder(place: Place, fault: str) -> None:
+    """A checkpoint is loaded, fingerprinted and asked: store, ledger and side tables all lie in the folder that fails."""
+    (place.folder / "eval.py").write_text(textwrap.dedent(REAL.format(tests=str(Path(__file__).parent))))
+    mount(place, "3m")
+    if fault == "full from the start":
+        place.lines.append(fill(place))
+    place.do(f"{sys.executable} {place.folder}/eval.py")
+    at = {"full": {"at_2": fill(place)}, "deleted": {"at_2": f"rm -rf {place.disk}/cache"}}.get(fault, {})
+    place.do(f"{sys.executable} -m evalcache run -- {sys.executable} {place.folder}/eval.py", **at)
+    bare, ours = place.play()
+    assert (bare.code, ours.code, ours.out) == (7, 7, bare.out) and len(bare.out.splitlines()) == 4
+    assert len(ours.warnings) == 1 and "EVALCACHE_DIR" in ours.warnings[0], ours.err
+
+
 def test_a_clock_that_is_moved_back(tmp_path: Path) -> None:
     """An hour, in the middle of a run: by replacing `time.time`, as is said above."""
     first = evaluate(tmp_path, "run", CLOCK="1")

@@ -21,7 +21,7 @@ LEVELS = {
     "structs": 0,  # classes of named fields
     "digest": 1,
     "faults": 1.5,  # warnings, each said once
-    "folder": 1.5,  # where the cache folder is
+    "folder": 1.6,  # where the cache folder is
     "importhook": 1,  # knows nothing of us
     "ending": 1,  # nor does this
     "holders": 1,  # nor this
