@@ -28,6 +28,7 @@ _REMOTE = {
 }  # fmt: skip
 """statfs types of file systems that several machines may share. Source: GNU coreutils, src/stat.c, those marked remote."""
 _FUSE = 0x65735546
+_COPY_ON_WRITE = {0x9123683E, 0xCA451A4E, 0xF2F52010, 0x3434, 0x2FC12FC1}  # btrfs, bcachefs, f2fs, nilfs, ZFS
 _LOCAL_FUSE = re.compile(r"fuseblk|fuse\.(mergerfs|bindfs|encfs|gocryptfs|cryfs|unionfs(-fuse)?|fuse-overlayfs|lxcfs|ntfs-3g)")
 
 
@@ -70,6 +71,15 @@ def is_remote(path: Path) -> bool:
     if kind == _FUSE:  # everything in user space: its name is in the table of mounts alone
         return _LOCAL_FUSE.fullmatch(file_system(path)) is None
     return kind in _REMOTE
+
+
+def journal_mode(path: Path) -> str:
+    """How SQLite keeps a transaction in a folder: by a log in front, or, where that could end the process, by its undoing.
+
+    The log's index is a file that SQLite maps into memory. A file system that copies what is written needs room for a page that
+    it has stored already; on a full disk or beyond a quota there is none, and the write to memory ends the process (SIGBUS).
+    """
+    return "truncate" if _statfs_type(path) in _COPY_ON_WRITE else "wal"
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:

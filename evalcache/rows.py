@@ -24,6 +24,7 @@ from diskcache.core import MODE_RAW
 
 from evalcache.errors import CorruptEntryWarning, StoreError, StoreGoneError
 from evalcache.faults import FOLDER_HINT, tell
+from evalcache.folder import journal_mode
 from evalcache.sigterm import undivided
 
 ROW_LIMIT_BYTES = 512 << 20
@@ -117,7 +118,8 @@ class Rows:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_database(self._file)
             # Absolute, because diskcache opens connections later, when the working directory may be another.
-            return diskcache.Cache(str(self._file.parent), timeout=self.timeout_s, disk=BytesDisk, **_SETTINGS)
+            settings = _SETTINGS | {"sqlite_journal_mode": journal_mode(self._file)}
+            return diskcache.Cache(str(self._file.parent), timeout=self.timeout_s, disk=BytesDisk, **settings)
         except (*_FAULTS, *_MISREAD, OSError, diskcache.Timeout) as error:
             raise self.unusable("cannot be opened", error) from error
 

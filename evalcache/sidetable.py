@@ -15,6 +15,7 @@ from pathlib import Path
 from evalcache.digest import SIZE_BYTES, checksum
 from evalcache.errors import CorruptEntryWarning
 from evalcache.faults import FOLDER_HINT, tell, tell_of_folder
+from evalcache.folder import journal_mode
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 
@@ -73,7 +74,10 @@ class SideTable:
         connection = sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None)
         try:
             connection.text_factory = bytes  # a damaged row may claim to be text that is none
-            connection.execute("PRAGMA journal_mode = WAL")  # readers do not wait for the writer
+            # A log, so that readers do not wait for the writer. Where several begin at once, SQLite refuses all but one to change
+            # the mode, without waiting: they go on in the one that there is.
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute(f"PRAGMA journal_mode = {journal_mode(self.path)}")
             connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may take the last rows, never the file
             connection.execute(_SCHEMA)
             yield connection

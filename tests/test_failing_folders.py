@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded import make_action, make_result, write
+
+from evalcache.sidetable import SideTable
+from evalcache.store import Store
 
 EVAL = """
     import contextlib, os, subprocess, sys, time
@@ -265,6 +270,44 @@ def test_a_folder_that_is_deleted_meanwhile(tmp_path: Path, way: str) -> None:
     assert 60 <= runs[0]["misses"] < 120
     models = json.loads(verb(tmp_path, "query", "SELECT count(*) AS n FROM models WHERE manifest IS NOT NULL", "--json").out)
     assert models == [{"n": 1}]
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0 or not shutil.which("mkfs.btrfs"), reason="needs root and mkfs.btrfs")
+@pytest.mark.parametrize("fault", ["quota", "full"])
+def test_a_file_system_that_copies_what_is_written(tmp_path: Path, fault: str) -> None:
+    """btrfs, on a loop device: SQLite's mapped index would end the process there (SIGBUS) where the room or a quota runs out."""
+    image, disk = tmp_path / "image", tmp_path / "cache"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(200 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+    try:
+        if fault == "quota":
+            for words in (["quota", "enable", disk], ["qgroup", "limit", "5M", disk]):
+                subprocess.run(["btrfs", *words], check=True, capture_output=True)
+        first = evaluate(tmp_path, "run", AT_3=f"cat /dev/zero >{disk}/fill || true; sync")
+        assert first.is_right() and len(first.warnings) == 1, (first.code, first.err)
+        (disk / "fill").unlink()
+        os.sync()
+        if fault == "quota":
+            subprocess.run(["btrfs", "qgroup", "limit", "none", disk], check=True)
+        second = evaluate(tmp_path, "run")
+        assert second.is_right() and second.asked <= 60 and verb(tmp_path, "verify").code == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_no_file_is_mapped_where_writing_to_it_might_need_room(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("evalcache.folder._statfs_type", lambda path: 0x9123683E)  # a stand-in for btrfs
+    store = Store(tmp_path / "store")
+    table = SideTable(tmp_path / "files.sqlite")
+    action, result = make_action(), make_result()
+    (key,) = write(store, "ab" * 16, 1.0, [(action, result)])
+    assert table.put(b"key", b"value") and table.get(b"key") == b"value"
+    assert store.get(key).result == result and not store.check()
+    assert not [path.name for path in tmp_path.rglob("*-shm")]
 
 
 REAL = """
