@@ -36,7 +36,7 @@ class Seen:
 
     Args:
         gets, puts, waits: seconds of each get (of `SIZE` keys), put (of a batch) and sync. locked: syncs that were not let in.
-        missed: numbers that were not found, or answered wrongly.
+        missed: numbers that were not found, or answered wrongly. failed: with what it ended before its time.
     """
 
     gets: list[float] = field(default_factory=list)
@@ -45,6 +45,7 @@ class Seen:
     syncs: int = 0
     locked: int = 0
     missed: list[str] = field(default_factory=list)
+    failed: str = ""
 
 
 class _Watched(Ledger):
@@ -67,8 +68,18 @@ class _Watched(Ledger):
 
 
 def _work(folder: Path, place: int, acknowledged: Any, until: float, pause_s: float, connection: Connection) -> None:
-    """In a process of its own. Its batches are ``place``, ``place`` + the number of places, …"""
-    draw, seen, places = random.Random(place), Seen(), len(acknowledged)
+    """In a process of its own."""
+    seen = Seen()
+    try:
+        _work_until(until, folder, place, acknowledged, pause_s, seen)
+    except BaseException as error:
+        seen.failed = f"{type(error).__name__}: {error}"
+    connection.send(seen)
+
+
+def _work_until(until: float, folder: Path, place: int, acknowledged: Any, pause_s: float, seen: Seen) -> None:
+    """Its batches are ``place``, ``place`` + the number of places, …"""
+    draw, places = random.Random(place), len(acknowledged)
     store, _ = open_pair(folder)
     ledger = _Watched(folder / "ledger.duckdb", folder / f"{_SPANS}{place}")
     next_sync = time.monotonic() + draw.uniform(*_SYNC_S)
@@ -96,7 +107,6 @@ def _work(folder: Path, place: int, acknowledged: Any, until: float, pause_s: fl
             seen.waits.append(time.perf_counter() - began)
             next_sync = time.monotonic() + draw.uniform(*_SYNC_S)
         time.sleep(draw.uniform(0, 2 * pause_s))
-    connection.send(seen)
 
 
 @dataclass
@@ -165,6 +175,7 @@ def run_crowd(folder: Path, workers: int, seconds: float, *, pause_s: float = 0.
     ledger.sync(store)
     faults += faults_of_ledger(store, ledger, batches)
     faults += [Fault("lost", f"number {number} was missed") for one in seen for number in one.missed]
+    faults += [Fault("lost", one.failed) for one in seen if one.failed]
     faults += _overlaps(folder, killed_at)
     faults += litter_in(folder)
     return Crowd(seen, len(killed_at), len(batches), stalled_s, faults)
