@@ -151,6 +151,8 @@ class Session:
             return
         try:
             self._cache.close(status, exit_code)
+        except KeyboardInterrupt:
+            pass  # a second Ctrl-C: who is in such a hurry does not wait for the ledger, which is told by the next run
         except Exception as error:
             warn(f"could not end the run cleanly ({say(error)}); what was computed is in the store")
         try:

@@ -73,6 +73,26 @@ def test_a_signal_while_it_computes(tmp_path: Path, store_folder: Path, number: 
     assert f"evalcache: {ROWS * done} hits, 0 misses" in again.stderr
 
 
+def test_a_second_ctrl_c_costs_the_sync_and_not_the_line(tmp_path: Path, store_folder: Path) -> None:
+    # That it comes while the ledger is brought up to date is made sure of: it is sent from there.
+    done = python(
+        """
+        import evalcache
+        from evalcache.ledger import Ledger
+        session = evalcache.enable()
+        session.cache.uncacheable("streamer", requests=2)
+        Ledger.sync = lambda *args, **more: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        """
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.count("Traceback") == 1
+    assert "evalcache: 0 hits, 0 misses, 2 uncacheable" in done.stderr
+    with Store(store_folder / "store") as store:
+        assert store.journal_count() > 0
+
+
 def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
     done = python(
         """
