@@ -12,13 +12,11 @@ disk only by `vacuum_store`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from evalcache.frame import Question, decode_entry, decode_question
 from evalcache.journal import Overhead, Removed
 from evalcache.records import Entry
 from evalcache.store import Store
+from evalcache.structs import Frozen, asdict, names_of
 
 YOUNG_S = 300.0
 """Entries that were stored this recently are left while other processes are at work: they may be about to use them."""
@@ -49,8 +48,7 @@ _ENTRIES = (
 _RECENT = _ENTRIES.replace("ORDER", "AND store_time >= ? ORDER")
 
 
-@dataclass(frozen=True, slots=True)
-class Amount:
+class Amount(Frozen):
     """Of some entries: how many, what they take, and the measured seconds that it took to compute them.
 
     ``unmeasured``: entries of which nobody knows the seconds.
@@ -62,11 +60,10 @@ class Amount:
     unmeasured: int = 0
 
     def __add__(self, other: Amount) -> Amount:
-        return Amount(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+        return Amount(*(getattr(self, name) + getattr(other, name) for name in names_of(self)))
 
 
-@dataclass(frozen=True, slots=True)
-class PrunePlan:
+class PrunePlan(Frozen):
     """What would leave the store.
 
     Args:
@@ -99,7 +96,7 @@ class PrunePlan:
             "kept_entries": self.kept.entries,
             "kept_bytes": self.kept.size_bytes,
             "by_model": [
-                {"model": str(root), "names": list(names.get(root.hex, ()))} | dataclasses.asdict(amount)
+                {"model": str(root), "names": list(names.get(root.hex, ()))} | asdict(amount)
                 for root, amount in self.by_model.items()
             ],
         }

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from evalcache.ledger import Ledger
 from evalcache.provenance import describe_run
 from evalcache.records import Entry, Policy, Result, unpack_tokens
 from evalcache.store import Store
+from evalcache.structs import Struct, field
 
 if TYPE_CHECKING:
     from evalcache.integrations.recomputing import LiveModel
@@ -44,8 +44,7 @@ _PLAIN = {
 _STRATA = "SELECT key, min(task) FROM lookups WHERE key IS NOT NULL AND task <> '' GROUP BY key"
 
 
-@dataclass
-class Recomputation:
+class Recomputation(Struct):
     """What came of it.
 
     Args:

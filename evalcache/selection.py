@@ -9,7 +9,6 @@ import datetime
 import json
 import time
 from collections.abc import Set
-from dataclasses import dataclass
 
 from evalcache.amounts import parse_date, parse_seconds, parse_versions
 from evalcache.digest import Digest
@@ -18,10 +17,10 @@ from evalcache.frame import Question
 from evalcache.ledger import Ask, Ledger
 from evalcache.names import find_models, find_run
 from evalcache.records import Entry
+from evalcache.structs import Frozen
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(Frozen):
     """Entries for which all of this holds; None says nothing.
 
     Args:
