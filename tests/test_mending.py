@@ -85,7 +85,7 @@ def test_a_lost_store_comes_back_whole(folder):
     assert mend_folder(folder).to_json() == {"moved": [], "set_aside": 0, "restored": 0, "objects": 0, "told": 0, "lost": []}
 
 
-@settings(max_examples=25, deadline=None, phases=UNSHRUNK, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, phases=UNSHRUNK, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(results, min_size=1, max_size=5), st.floats(0, 4e9))
 def test_everything_that_a_result_can_hold_comes_back_from_the_ledger(tmp_path_factory, answers, at):
     folder = tmp_path_factory.mktemp("mend")

@@ -281,7 +281,7 @@ prune(store, plan)
 """
 
 
-@pytest.mark.parametrize("delay", [0.001, 0.03, 0.06, 0.1])
+@pytest.mark.parametrize("delay", [0.001, 0.06, *(pytest.param(n / 100, marks=pytest.mark.campaign) for n in range(1, 16))])
 def test_killed_at_any_instant_what_left_is_what_the_journal_says(tmp_path, delay):
     store, ledger = open_pair(tmp_path)
     keys = ask_all(store, FIRST, NOON, [(make_action(prompt=(1, n)), make_result((n,))) for n in range(200)])

@@ -97,7 +97,7 @@ sys.settrace(die)
 mending.mend_folder(Path(sys.argv[1]))
 sys.settrace(None)
 """
-LINES = (900, 2500, 5000)
+LINES = (1500, 4000)
 
 
 @pytest.mark.parametrize("lines", [*LINES, *(pytest.param(n, marks=pytest.mark.campaign) for n in range(150, 14_000, 450))])
