@@ -127,18 +127,19 @@ MODELS = tuple(make_model({f"layer {NASTY}": content}, class_name=f"LM{NASTY}", 
 SETTINGS, ENVIRONMENT = {"max_new_tokens": 8, NASTY: NASTY}, {"dtype": "float32", NASTY: NASTY}
 
 
-@pytest.fixture
-def nasty(store_folder: Path) -> Path:
-    """A cache in which every text that somebody else chooses is an attack."""
-    store = Store(store_folder / "store")
-    made = full_result()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which every text that somebody else chooses is an attack. Made once: the verbs do not change it."""
+    folder = tmp_path_factory.mktemp("nasty")
+    store = Store(folder / "store")
+    full = full_result()
     result = Result(
-        made.tokens,
+        full.tokens,
         NASTY,
-        made.logprobs,
+        full.logprobs,
         "stop",
         {NASTY: 1.0},
-        {NASTY: next(iter(made.arrays.values()))},
+        {NASTY: next(iter(full.arrays.values()))},
         Cost(2.0, 3, 2, NASTY, 1),
     )
     for place, run in enumerate(RUNS):
@@ -163,14 +164,21 @@ def nasty(store_folder: Path) -> Path:
         ]
         write(store, run, at, [(action, result) for action in actions], events, model)
     # Another machine had another answer.
-    with Store(store_folder / "other") as other:
-        changed = Result(made.tokens, f"{NASTY} changed", scalars={NASTY: 2.0})
+    with Store(folder / "other") as other:
+        changed = Result(full.tokens, f"{NASTY} changed", scalars={NASTY: 2.0})
         write(other, RUNS[0], 1.0, [(actions[0], changed)], (), MODELS[1])
-        export_entries(other, store_folder / "file")
-    import_entries(store, store_folder / "file")
-    Ledger(store_folder / "ledger.duckdb").sync(store)
+        export_entries(other, folder / "file")
+    import_entries(store, folder / "file")
+    Ledger(folder / "ledger.duckdb").sync(store)
     store.close()
-    return store_folder
+    return folder
+
+
+@pytest.fixture
+def nasty(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, as the cache folder."""
+    monkeypatch.setenv("EVALCACHE_DIR", str(made))
+    return made
 
 
 def lines() -> dict[str, list[str]]:
@@ -247,7 +255,7 @@ def test_the_line_at_the_end_shows_control_signs(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes")
-@pytest.mark.parametrize("umask, network, made", [(0o000, "0", None), (0o022, "0", 0o755), (0o000, "1", 0o755)])
+@pytest.mark.parametrize("umask, network, made", [(0o022, "0", 0o755), (0o000, "1", None)])
 def test_what_a_run_and_its_verbs_make_is_for_the_owner_alone(tmp_path: Path, umask: int, network: str, made: int | None) -> None:
     """Not only in the end: a thread watches what others could open, in a folder that the user has made for everybody to see."""
     script = textwrap.dedent(
