@@ -30,7 +30,7 @@ from phases import PHASES, prepare
 
 KILLS, DAMAGES, MENDS, SECONDS = 34, 2200, 40, 60.0
 QUICK = 0.04
-_HEAD = f"{'fault':<34} {'rounds':>7}  {'lost':>5} {'wrong':>5} {'other':>5}  what came of it"
+_HEAD = f"{'fault':<44} {'rounds':>7}  {'lost':>5} {'wrong':>5} {'other':>5}  what came of it"
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def note_damages(report: Report, found: Counter[str], name: str, flips: Flips) -
 def note(report: Report, found: Counter[str], name: str, rounds: int, lost: int, wrong: int, faults: int, told: str) -> None:
     """Print and keep one line of the table."""
     other = faults - lost - wrong
-    print(f"{name:<34} {rounds:>7,}  {lost:>5} {wrong:>5} {other:>5}  {told}", flush=True)
+    print(f"{name:<44} {rounds:>7,}  {lost:>5} {wrong:>5} {other:>5}  {told}", flush=True)
     found.update({"lost": lost, "wrong": wrong, "other": other})
     report.figures |= {f"{name}: rounds": rounds, f"{name}: lost": lost, f"{name}: wrong": wrong, f"{name}: other": other}
 
