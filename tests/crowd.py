@@ -25,7 +25,7 @@ from recorded import open_pair
 from evalcache.errors import LedgerLockedError
 from evalcache.ledger import Ledger
 
-_SYNC_S = (0.3, 1.5)  # between two syncs of one process: at least, and at most
+_SYNC_S = (0.3, 1.5)  # between two syncs of one process, and two rests more
 _PATIENCE_S = 60.0
 _SPANS = "spans-"
 
@@ -82,7 +82,7 @@ def _work_until(until: float, folder: Path, place: int, acknowledged: Any, pause
     draw, places = random.Random(place), len(acknowledged)
     store, _ = open_pair(folder)
     ledger = _Watched(folder / "ledger.duckdb", folder / f"{_SPANS}{place}")
-    next_sync = time.monotonic() + draw.uniform(*_SYNC_S)
+    next_sync = time.monotonic() + draw.uniform(*_SYNC_S) + 2 * pause_s
     while time.monotonic() < until:
         began = time.perf_counter()
         put_batch(store, (acknowledged[place] + 1) * places + place)
@@ -105,7 +105,7 @@ def _work_until(until: float, folder: Path, place: int, acknowledged: Any, pause
             except LedgerLockedError:
                 seen.locked += 1
             seen.waits.append(time.perf_counter() - began)
-            next_sync = time.monotonic() + draw.uniform(*_SYNC_S)
+            next_sync = time.monotonic() + draw.uniform(*_SYNC_S) + 2 * pause_s
         time.sleep(draw.uniform(0, 2 * pause_s))
 
 
