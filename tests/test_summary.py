@@ -8,6 +8,7 @@ import pytest
 
 from evalcache.counts import Counts
 from evalcache.digest import Digest
+from evalcache.pruning import Amount
 from evalcache.summary import calls_seen, format_reasons, format_seconds, format_summary
 
 ONE = Digest(bytes.fromhex("ab12cd34ef56" + 20 * "0"))
@@ -32,6 +33,12 @@ def test_nothing_hit_says_why_and_owns_up_to_the_loss():
     assert "; no hits: transformers 5.22 → 5.23; temperature 0.7 → 0.8; " in line
     assert "models xxh3_128:ab12cd34ef56…, xxh3_128:999999999999…" in line
     assert "\n" not in line
+
+
+def test_what_was_evicted_is_said():
+    line = format_summary(Counts(hits=1), "l", evicted=Amount(1234, 5_600_000, 40.5))
+    assert "; evicted 1,234 entries (5.6 MB, 40.5 s to compute again) to keep to EVALCACHE_MAX_SIZE; ledger l" in line
+    assert "evicted" not in format_summary(Counts(hits=1), "l", evicted=Amount())
 
 
 def test_the_line_of_a_launch_says_whose_it_is():
