@@ -61,6 +61,7 @@ def damage_of(folder: Path) -> str | None:
         return None
     try:
         with contextlib.closing(_connect(path)) as connection:
+            connection.execute("BEGIN")  # one view of it, whatever others write meanwhile
             found = [message for (message,) in connection.execute("PRAGMA integrity_check(5)").fetchall()]
             connection.execute("SELECT rowid, key, raw, store_time, mode, filename, value FROM Cache LIMIT 1").fetchall()
             (count,) = connection.execute("SELECT value FROM Settings WHERE key = 'count'").fetchone() or (None,)
