@@ -20,8 +20,8 @@ from evalcache.key import KEY_VERSION
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = (
-    "Install", "Sixty seconds", "How the key is made", "Clients", "Audit", "Command line", "Measured", "Limits",
-    "Key-format history",
+    "Install", "Sixty seconds", "How the key is made", "Clients", "Audit", "Looking after a cache", "Command line",
+    "What we promise, and how it is tested", "Measured", "Limits", "Key-format history",
 )  # fmt: skip
 
 
@@ -83,9 +83,10 @@ def test_sixty_seconds_and_the_queries(workplace, store_folder):
         lines.append(done.stderr.splitlines()[-1])
     assert lines[0].startswith("evalcache: 0 hits, 3 misses, 0 uncacheable"), lines
     assert lines[1].startswith("evalcache: 3 hits, 0 misses, 0 uncacheable"), lines
+    verbs = "stats|query|audit|explain-run|verify|prune|export|import|conflicts"
     for line in blocks("console"):
-        for command in re.findall(r"^\$ evalcache (stats|query|audit|explain-run) (.*)$", line, re.MULTILINE):
-            done = evalcache(command[0], *shlex.split(command[1]), cwd=workplace)
+        for command in re.findall(rf"^\$ evalcache ({verbs}) (.*)$", line, re.MULTILINE):
+            done = evalcache(command[0], *shlex.split(command[1], comments=True), cwd=workplace)
             assert done.returncode == 0, done.stderr
     for sql in blocks("sql"):
         done = evalcache("query", sql, "--json", cwd=workplace)
