@@ -25,6 +25,7 @@ from diskcache.core import MODE_RAW
 from evalcache.errors import CorruptEntryWarning, StoreError, StoreGoneError
 from evalcache.faults import FOLDER_HINT, tell
 from evalcache.folder import journal_mode
+from evalcache.forks import no_fork
 from evalcache.sigterm import undivided
 
 ROW_LIMIT_BYTES = 512 << 20
@@ -119,7 +120,8 @@ class Rows:
             _make_database(self._file)
             # Absolute, because diskcache opens connections later, when the working directory may be another.
             settings = _SETTINGS | {"sqlite_journal_mode": journal_mode(self._file)}
-            return diskcache.Cache(str(self._file.parent), timeout=self.timeout_s, disk=BytesDisk, **settings)
+            with no_fork():
+                return diskcache.Cache(str(self._file.parent), timeout=self.timeout_s, disk=BytesDisk, **settings)
         except (*_FAULTS, *_MISREAD, OSError, diskcache.Timeout) as error:
             raise self.unusable("cannot be opened", error) from error
 
@@ -159,7 +161,7 @@ class Rows:
             # Filled up by repeating one key, for few statement texts: SQLite drops equal members of a list.
             width = next(width for width in _WIDTHS if width >= len(chunk))
             try:
-                yield self._cache._sql(_SELECT[width], (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()
+                yield self._ask(_SELECT[width], (*chunk, *chunk[-1:] * (width - len(chunk))))
             except _FAULTS:
                 yield self._select_singly(chunk, unreadable)
 
@@ -170,11 +172,11 @@ class Rows:
             places: list[int] = []
             for start in range(0, len(keys), width):
                 chunk = keys[start : start + width]
-                places += [row for (row,) in self._cache._sql(_PLACES, (*chunk, *chunk[-1:] * (width - len(chunk)))).fetchall()]
+                places += [row for (row,) in self._ask(_PLACES, (*chunk, *chunk[-1:] * (width - len(chunk))))]
             places.sort()
             for start in range(0, len(places), width):
                 some = places[start : start + width]
-                yield self._cache._sql(_AT_PLACES, (*some, *some[-1:] * (width - len(some)))).fetchall()
+                yield self._ask(_AT_PLACES, (*some, *some[-1:] * (width - len(some))))
         except _FAULTS:
             return  # the caller asks for the rest by key, and finds out which rows are damaged
 
@@ -182,7 +184,7 @@ class Rows:
         found: list[tuple[bytes, Any]] = []
         for key in keys:
             try:
-                found += self._cache._sql(_SELECT[1], (key,)).fetchall()
+                found += self._ask(_SELECT[1], (key,))
             except _FAULTS as error:
                 code = getattr(error, "sqlite_errorcode", None)
                 if (code & 0xFF if code else None) not in _BAD_ROW_CODES:
@@ -197,9 +199,13 @@ class Rows:
             StoreError: nothing can be read.
         """
         try:
-            return self._cache._sql(statement, tuple(values)).fetchall()
+            return self._ask(statement, tuple(values))
         except _FAULTS as error:
             raise self.unusable("cannot be read", error) from error
+
+    def _ask(self, statement: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        with no_fork():
+            return self._cache._sql(statement, values).fetchall()
 
     def version(self) -> tuple[int, int]:
         """Differs from what it was as soon as another connection has written, a thread's or a process's. Cost: some 5 µs."""
@@ -271,7 +277,8 @@ class Rows:
             StoreError: the row is a pickle or a file, or nothing can be read.
         """
         try:
-            return self._cache.get(key)
+            with no_fork():
+                return self._cache.get(key)
         except _FAULTS as error:
             raise self.unusable("cannot be read", error) from error
 
@@ -315,7 +322,7 @@ class Rows:
     def check(self) -> list[str]:
         """What SQLite's and diskcache's own integrity checks find. Other processes cannot write meanwhile."""
         try:
-            with warnings.catch_warnings():
+            with no_fork(), warnings.catch_warnings():
                 warnings.simplefilter("always")  # they are its findings: whoever silences warnings does not mean these
                 found = self._cache.check(retry=True)
         except (*_FAULTS, *_MISREAD, OSError) as error:

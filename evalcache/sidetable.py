@@ -16,6 +16,7 @@ from evalcache.digest import SIZE_BYTES, checksum
 from evalcache.errors import CorruptEntryWarning
 from evalcache.faults import FOLDER_HINT, tell, tell_of_folder
 from evalcache.folder import journal_mode
+from evalcache.forks import no_fork
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 
@@ -71,8 +72,10 @@ class SideTable:
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None)
-        try:
+        with (
+            no_fork(),
+            contextlib.closing(sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None)) as connection,
+        ):
             connection.text_factory = bytes  # a damaged row may claim to be text that is none
             # A log, so that readers do not wait for the writer. Where several begin at once, SQLite refuses all but one to change
             # the mode, without waiting: they go on in the one that there is.
@@ -81,8 +84,6 @@ class SideTable:
             connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may take the last rows, never the file
             connection.execute(_SCHEMA)
             yield connection
-        finally:
-            connection.close()
 
     def _failed(self, what: str, error: Exception) -> None:
         # OperationalError is a matter of the moment (locked, full, read-only); any other DatabaseError is a broken file.

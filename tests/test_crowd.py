@@ -5,7 +5,9 @@ The long campaigns are `benchmarks/exp_faults.py` and `benchmarks/exp_procs.py`.
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import threading
 import time
 import warnings
@@ -68,6 +70,7 @@ def test_who_has_had_a_turn_queues_behind_those_who_wait(tmp_path: Path) -> None
 
 def test_forks_while_threads_write_and_sync(tmp_path: Path) -> None:
     """Children of a process whose other threads are at the store and the ledger: their handles are their own."""
+    gc.collect()  # stores of other tests: whichever thread met them would close their connections, whenever it likes
     store, ledger = open_pair(tmp_path)
     put_batch(store, 0)
     over, failed = threading.Event(), []
@@ -97,6 +100,7 @@ def test_forks_while_threads_write_and_sync(tmp_path: Path) -> None:
             pid = os.fork()
         if not pid:
             try:
+                signal.alarm(30)  # for a lock that another thread held at that moment, and nobody gives back
                 for batch in (3 + child, 13 + child):
                     put_batch(store, batch)
                     expected = {key_of_number(number): entry_of(number) for number in numbers_of([0, batch])}

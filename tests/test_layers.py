@@ -26,6 +26,7 @@ LEVELS = {
     "ending": 1,  # nor does this
     "holders": 1,  # nor this
     "sigterm": 1,  # nor this
+    "forks": 1,  # nor this
     "visible": 1,  # nor this
     "printing": 1.5,  # nor this
     "progress": 1,
