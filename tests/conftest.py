@@ -16,11 +16,16 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from evalcache.ledger import Ledger
     from evalcache.store import Store
+
+# A test that takes long on a busy machine has found nothing.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)
