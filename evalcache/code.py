@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import sys
 import sysconfig
 import types
@@ -38,6 +39,7 @@ _LIBRARY_FOLDERS = tuple(
 )
 _OUR_FOLDER = str(Path(__file__).resolve().parent) + "/"
 _SITE = "site-packages/"
+_INSTALLED = (_SITE, "dist-packages/")
 
 BUILTINS = (
     types.BuiltinFunctionType,
@@ -69,6 +71,8 @@ def library_of(filename: str) -> str | None:
     for folder in _LIBRARY_FOLDERS:
         if path.startswith(folder):
             inside = path[len(folder) :]
+            if _is_linked_in(folder, os.path.dirname(inside) or inside):
+                return None
             if _SITE in inside:
                 inside = inside.split(_SITE, 1)[1]
             elif not folder.endswith(_SITE):
@@ -76,6 +80,16 @@ def library_of(filename: str) -> str | None:
             top = inside.split("/", 1)[0].removesuffix(".py")
             return top if version_of(top) else None
     return None
+
+
+@functools.cache
+def _is_linked_in(folder: str, inside: str) -> bool:
+    """Whether a package's folder, or a module that is one file, is a link to somebody's checkout, whose version says nothing.
+
+    Package managers link, too: whole packages to where they are installed as well, or each file of a package by itself.
+    """
+    place = os.path.realpath(folder + inside)
+    return place != os.path.join(os.path.realpath(folder), inside) and not any(name in f"{place}/" for name in _INSTALLED)
 
 
 @functools.cache

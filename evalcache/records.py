@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from evalcache.canonical import encode_canonical
+from evalcache.canonical import encode_canonical, encode_trusted
 from evalcache.digest import Digest, digest_bytes
-from evalcache.structs import Frozen, field, replace
+from evalcache.structs import Frozen, field
 
 UNCACHEABLE_REASONS: Mapping[str, str] = MappingProxyType(
     {
@@ -226,9 +226,11 @@ class Entry(Frozen):
     created_at: float
 
 
-def is_same_answer(one: Result, other: Result) -> bool:
-    """Whether two results are one answer, whatever it cost."""
-    return replace(one, cost=None) == replace(other, cost=None)
+def digest_answer(result: Result) -> Digest:
+    """Digest over all that a Result answers: what it cost does not count."""
+    arrays = {name: [array.dtype, list(array.shape), array.data] for name, array in result.arrays.items()}
+    parts = [result.tokens, result.text, result.logprobs, result.finish_reason, dict(result.scalars), arrays]
+    return digest_bytes(encode_trusted(parts))
 
 
 class Taken(Frozen):

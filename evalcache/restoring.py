@@ -20,10 +20,9 @@ from evalcache.frame import encode_frame
 from evalcache.key import key_of
 from evalcache.ledger import Ask, Ledger
 from evalcache.manifest import Manifest
-from evalcache.records import Action, Array, Cost, Environment, Fields, Request, Result
+from evalcache.records import Action, Array, Cost, Environment, Fields, Request, Result, digest_answer
 from evalcache.store import Store
 from evalcache.structs import Frozen, field
-from evalcache.tables import digest_answer
 
 NO_QUESTION = "the ledger's question has another key"
 NO_ANSWER = "the ledger's answer is another one"

@@ -30,7 +30,7 @@ from evalcache.frame import Question, decode_entry, decode_question, encode_fram
 from evalcache.inspection import ASIDE, STATE, BadRow, bad_rows, set_aside
 from evalcache.journal import Event, Stored, decode_event, encode_event
 from evalcache.leases import Leases
-from evalcache.records import Action, Entry, Result, Taken, is_same_answer
+from evalcache.records import Action, Entry, Result, Taken, digest_answer
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
 from evalcache.structs import Frozen
 from evalcache.transfers import Transfers
@@ -230,7 +230,7 @@ class Store:
             shared, others = dict(objects), 0
             for key, frame in frames:
                 mine = here.get(key)
-                if isinstance(mine, Entry) and not is_same_answer(mine.result, decode_entry(key, frame).result):
+                if isinstance(mine, Entry) and digest_answer(mine.result) != digest_answer(decode_entry(key, frame).result):
                     shared[f"{_CONFLICT}{key.hex}/{digest_bytes(frame).hex}"] = frame
                     others += 1
             events = [Stored("", tuple(value for value, _ in new))] if new and told else []

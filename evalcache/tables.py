@@ -30,7 +30,7 @@ from evalcache.journal import (
     TaskSeen,
 )
 from evalcache.manifest import Manifest, ModuleRecord
-from evalcache.records import Entry, Result
+from evalcache.records import Entry, digest_answer
 from evalcache.schema import columns
 
 ARRAYS_LIMIT_BYTES = 1 << 20
@@ -136,13 +136,6 @@ def output_row(entry: Entry, recorded: Mapping[str, Any], dtype: str | None) -> 
         arrays,
         digest_answer(result).hex,
     )
-
-
-def digest_answer(result: Result) -> Digest:
-    """Digest over all that a Result answers: what it cost does not count."""
-    arrays = {name: [array.dtype, list(array.shape), array.data] for name, array in result.arrays.items()}
-    parts = [result.tokens, result.text, result.logprobs, result.finish_reason, dict(result.scalars), arrays]
-    return digest_bytes(encode_trusted(parts))
 
 
 def model_rows(manifest: Manifest, data: bytes, seen_at: float) -> dict[str, list[Row]]:

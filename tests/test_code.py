@@ -633,3 +633,18 @@ def test_a_virtual_environment_that_is_reached_by_a_link_holds_libraries_all_the
     files = (f"{link}{inside}/xxhash/__init__.py", f"{sys.prefix}{inside}/xxhash/__init__.py", str(tmp_path / "script.py"))
     done = subprocess.run([link / "bin" / "python", "-c", code, *files], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [str(link), "xxhash", "xxhash", "None"], done.stderr
+
+
+def test_a_package_that_is_linked_into_the_libraries_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, checkout = tmp_path / "venv" / "site-packages", tmp_path / "checkout"
+    kept = tmp_path / "store" / "site-packages" / "xxhash"  # where a package manager keeps what it links
+    for folder in (site / "torch", checkout, kept):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (site / "numpy").symlink_to(checkout)  # as `flit install --symlink` does: the version stays while the source is edited
+    (site / "pytest.py").symlink_to(checkout / "__init__.py")
+    (site / "xxhash").symlink_to(kept)
+    (site / "torch" / "part.py").symlink_to(checkout / "__init__.py")  # a package manager that links each file from its cache
+    monkeypatch.setattr("evalcache.code._LIBRARY_FOLDERS", (f"{site}/",))
+    asked = {"numpy/__init__.py": None, "pytest.py": None, "xxhash/a.py": "xxhash", "torch/part.py": "torch"}
+    assert {name: library_of.__wrapped__(f"{site}/{name}") for name in asked} == asked

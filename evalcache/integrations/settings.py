@@ -130,5 +130,5 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return ["dtype", str(value)]  # not the text, which may act otherwise
     return value
