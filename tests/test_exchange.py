@@ -99,6 +99,17 @@ def test_everything_that_a_result_can_hold_comes_back(tmp_path_factory, answers)
     assert {key_of_question(question) for question in there.get_questions(keys).values()} == set(keys)
 
 
+@pytest.mark.parametrize(
+    "one, other, is_another", [(float("nan"), float("nan"), False), (0.0, -0.0, True), (1, 1.0, True), (1, True, True)]
+)
+def test_answers_are_told_apart_by_their_bytes(tmp_path, one, other, is_another):
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    for store, value in ((here, one), (there, other)):
+        write(store, FIRST, NOON, [(make_action(), make_result(scalars={"sum": value}))])
+    export_entries(here, tmp_path / "file")
+    assert import_entries(there, tmp_path / "file") == (Taken(conflicts=1) if is_another else Taken(known=1))
+
+
 def test_another_answer_is_kept_beside_the_one_that_is_served(tmp_path, store_folder):
     here, there = Store(tmp_path / "here"), Store(store_folder / "store")
     action = make_action()

@@ -49,7 +49,7 @@ def test_file_systems_that_machines_share_are_known(monkeypatch, kind, name, far
     assert is_remote(Path("/somewhere")) is far
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="Linux")
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="file systems are told apart by what Linux says of them")
 def test_what_the_kernel_says_is_read():
     assert folders._statfs_type(Path("/proc/self")) == 0x9FA0, "proc's own type, from linux/magic.h"
     assert folders._statfs_type(Path("/proc/not/there")) == 0x9FA0, "of what exists above it"

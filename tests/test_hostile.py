@@ -254,7 +254,7 @@ def test_the_line_at_the_end_shows_control_signs(tmp_path: Path) -> None:
 # --- who may read --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes")
+@pytest.mark.skipif(os.name != "posix", reason="files have no modes here")
 @pytest.mark.parametrize("umask, network, made", [(0o022, "0", 0o755), (0o000, "1", None)])
 def test_what_a_run_and_its_verbs_make_is_for_the_owner_alone(tmp_path: Path, umask: int, network: str, made: int | None) -> None:
     """Not only in the end: a thread watches what others could open, in a folder that the user has made for everybody to see."""
