@@ -188,6 +188,7 @@ class Store:
             if key.value not in self._newer:
                 frames.append((key.value, self._encode(key, action, result, run, created_at)))
         if frames:
+            frames.sort()  # keys are hashes: in order, a commit of many touches each page of the index once
             events = [*events, Stored(run, tuple(value for value, _ in frames))]
         encoded = [encode_event(event) for event in events]
         if not (encoded or shared):
