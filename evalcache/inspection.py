@@ -13,8 +13,8 @@ from evalcache.errors import FrameError, NewerFrameError
 from evalcache.frame import decode_entry, decode_question, unseal
 from evalcache.rows import Rows
 from evalcache.structs import Frozen
+from evalcache.waiting import STATE
 
-STATE = "store/state"
 ASIDE = "aside/"
 SEALED = ("object/", "journal/", STATE, "worker/", "lease/", "segment/")
 """What the names of rows begin with that are not entries; each holds sealed bytes."""

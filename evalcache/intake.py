@@ -24,14 +24,14 @@ from evalcache.manifest import Manifest
 from evalcache.records import Entry
 from evalcache.schema import literal, quoted
 from evalcache.tables import COLUMNS, Row, event_rows, model_rows, output_row, render_json, request_row
+from evalcache.waiting import Waiting
 
 _FLUSH_ROWS = 5_000  # DuckDB takes up to 15 KB for each while it reads a statement of them
 _FLUSH_BYTES = 64 << 20
 _ONCE = {"tasks": "version, settings::VARCHAR", "documents": "document, replace(digest::VARCHAR, '-', '')"}
 """Tables whose rows are told again by every run → what, after client and task, makes a row of it the same one."""
 _READ_KEYS = 256  # entries in memory at once: some hold tensors
-
-
+_RUNS_THROUGH = "SELECT DISTINCT run FROM runs WHERE store = ? AND seq <= ?"
 _PLACE = re.compile(r"\?|\$(\d+)")
 
 
@@ -47,10 +47,7 @@ class JournalSource(Protocol):
     """What the ledger needs of a store."""
 
     @property
-    def store_id(self) -> str: ...
-    def journal(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Event]]: ...
-    def journal_count(self) -> int: ...
-    def forget_journal(self, through: int) -> None: ...
+    def waiting(self) -> Waiting: ...
     def get_many(self, keys: Sequence[Digest]) -> dict[Digest, Entry | FrameError]: ...
     def get_questions(self, keys: Sequence[Digest]) -> dict[Digest, Question]: ...
     def get_object(self, name: str) -> bytes | None: ...
@@ -98,6 +95,24 @@ class Intake:
         found = execute(self._connection, "SELECT max(last_seq) FROM synced WHERE store = ?", [store_id]).fetchall()
         return found[0][0] or 0
 
+    def is_told_again(self, store_id: str, last: int) -> int | None:
+        """After which number events wait that have numbers up to ``last`` and are new to this ledger; None where there are none.
+
+        A store that was put back from a backup, and a copy of a store, give out numbers for the second time, and what is new
+        would be taken for what is known. None of it is of a run that the ledger knows; what waited in the backup is, and so is
+        what a killed sync had told and not forgotten.
+        """
+        place = told = 0
+        runs: set[str] = set()
+        while place < last and (events := self._store.waiting.read(after=place, limit=1000 if place else 1)):
+            if not place:
+                runs = {run for (run,) in execute(self._connection, _RUNS_THROUGH, [store_id, last]).fetchall()}
+            for number, event in events:
+                if number > last:
+                    return told if place > told else None
+                place, told = number, number if event.run in runs else told
+        return told if place > told else None
+
     def take(self, store_id: str, seq: int, event: Event) -> None:
         """One event of the journal."""
         self.events += 1
@@ -134,7 +149,7 @@ class Intake:
             if progress:
                 progress(number, number)
             if key.hex in gone:
-                self._note_stored(store.store_id, None, "", [key.hex])
+                self._note_stored(store.waiting.id(), None, "", [key.hex])
             if key.hex in asked and key.hex in answered:
                 continue
             try:

@@ -106,17 +106,19 @@ class Ledger:
         frames: bool = False,
     ) -> SyncReport:
         began = time.perf_counter()
-        waiting = store.journal_count()
+        waiting = store.waiting.count()
         if not (waiting or frames) and self.path.exists():
             return SyncReport(0, 0, time.perf_counter() - began, 0)
-        store_id = store.store_id
+        store_id = store.waiting.id()
         with self.turn():
             fresh = self._make()
-            if not (fresh or frames or store.journal_count()):  # whose turn it was before has taken in everything
+            if not (fresh or frames or store.waiting.count()):  # whose turn it was before has taken in everything
                 return SyncReport(0, 0, time.perf_counter() - began, 0)
             with self._attached() as connection:
                 intake = Intake(connection, store)
                 known = last = intake.last_seq(store_id)
+                if (told := intake.is_told_again(store_id, last)) is not None:
+                    store_id, known, last = store.waiting.begin_anew(told), 0, 0
                 # DuckDB would give its log the usual mode, and others would see in it what the ledger hides from them.
                 with contextlib.suppress(OSError):
                     os.close(os.open(f"{self.path}.wal", os.O_WRONLY | os.O_CREAT, 0o600))
@@ -124,7 +126,7 @@ class Ledger:
                     for whole in (False, True) if fresh or frames else (False,):
                         if whole:  # after the journal, and again before what others have written to it meanwhile
                             intake.take_frames(store, progress if frames else None)
-                        while events := store.journal(after=last):
+                        while events := store.waiting.read(after=last):
                             for seq, event in events:
                                 intake.take(store_id, seq, event)
                             last = events[-1][0]
@@ -143,7 +145,7 @@ class Ledger:
                 if kept < last:
                     raise LedgerError(f"{self.path}: the ledger did not keep what it was told", path=self.path, found=kept)
         if waiting:
-            store.forget_journal(last)
+            store.waiting.forget(last)
         return SyncReport(intake.events, intake.entries, time.perf_counter() - began, intake.skipped)
 
     def rebuild(self, store: JournalSource, *, progress: Callable[[int, int], None] | None = None) -> SyncReport:

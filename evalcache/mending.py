@@ -131,7 +131,7 @@ def _mend_rows(store: Store, ledger: Ledger, mended: Mended, progress: Progress)
             f"{events:,} damaged event{'' if events == 1 else 's'} of the journal that the ledger had not been told"
         )
     mended.set_aside += store.set_bad_aside(bad)
-    is_lost = not ledger.path.exists() and store.has_forgotten()
+    is_lost = not ledger.path.exists() and store.waiting.has_forgotten()
     ledger.sync(store, progress=progress)
     found = compare(store, ledger)
     if is_lost:

@@ -5,8 +5,7 @@
 | 16 bytes | an entry's frame (`frame.py`) |
 | ``object/<name>`` | shared bytes: ``fields/<hex>`` (settings, environments), ``model/<root hex>`` (manifests), sealed |
 | ``object/conflict/…`` | the frame of an entry from elsewhere with another answer than the one here, sealed |
-| ``journal/<20 digits>`` | one event for the ledger (`journal.py`), sealed; numbers only rise, also after rows were forgotten |
-| ``store/state`` | the store's id and the last journal number given out, sealed |
+| ``journal/…``, ``store/state`` | what waits for the ledger (`waiting.py`), sealed |
 | ``worker/…``, ``lease/…`` | who computes what at the moment (`leases.py`), sealed |
 | ``segment/…`` | what is exchanged with other machines (`transfers.py`), sealed |
 | ``aside/<row key>`` | what failed its checks, kept for whoever wants to know why |
@@ -16,28 +15,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalcache.canonical import decode, encode_canonical
 from evalcache.collector import paused_for
 from evalcache.digest import SIZE_BYTES, Digest, digest_bytes
-from evalcache.errors import CanonicalError, CorruptEntryWarning, FrameError, NewerEventError, NewerFrameError, StoreError
-from evalcache.faults import tell, tell_of_folder
+from evalcache.errors import FrameError, NewerFrameError, StoreError
+from evalcache.faults import tell_of_folder
 from evalcache.frame import Question, decode_entry, decode_question, encode_frame, seal, unseal
-from evalcache.inspection import ASIDE, STATE, BadRow, bad_rows, set_aside
-from evalcache.journal import Event, Stored, decode_event, encode_event
+from evalcache.inspection import ASIDE, BadRow, bad_rows, set_aside
+from evalcache.journal import Event, Stored, encode_event
 from evalcache.leases import Leases
 from evalcache.records import Action, Entry, Result, Taken, digest_answer
 from evalcache.rows import ROW_LIMIT_BYTES, Rows
 from evalcache.structs import Frozen
 from evalcache.transfers import Transfers
+from evalcache.waiting import Waiting
 
 _CONFLICT = "conflict/"  # among the objects
 _OBJECTS = ("object/", "object0")  # "0" follows "/": the first text after every row of the kind
-_JOURNAL = ("journal/", "journal0")
 _ASIDE = (ASIDE, "aside0")
 _ENTRIES = b""  # bytes come after all text
 _SCAN_ROWS = 500
@@ -71,19 +68,14 @@ class Store:
         self._rows = Rows(directory, timeout_s=timeout_s)
         self.leases = Leases(self._rows)
         self.transfers = Transfers(self._rows)
+        self.waiting = Waiting(self._rows)
         with self._rows.transaction("opening"):
-            self._id = self._state()[0]
+            self._id = self.waiting.state()[0]
 
     @property
     def rows(self) -> Rows:
         """The rows themselves, for whoever looks after the store."""
         return self._rows
-
-    @property
-    def store_id(self) -> str:
-        """32 hex digits, drawn when the store was made; journal numbers are unique under it."""
-        with self._rows.transaction("reading its id"):
-            return self._state()[0]
 
     def close(self) -> None:
         """Let go of this thread's connection; other threads' go with them. A later call opens it again."""
@@ -98,7 +90,7 @@ class Store:
         known = self._id
         self._rows.reopen()
         with self._rows.transaction("opening"):
-            self._id = self._state()[0]
+            self._id = self.waiting.state()[0]
         return self._id != known
 
     def __enter__(self) -> Store:
@@ -204,11 +196,7 @@ class Store:
         for name, data in shared.items():
             row = f"{_OBJECTS[0]}{name}"
             self._rows.add(row, seal(row, data))
-        if events:
-            store_id, last = self._state()
-            rows = [(_journal_row(last + place), data) for place, data in enumerate(events, 1)]
-            self._rows.put((row, seal(row, data)) for row, data in rows)
-            self._set_state(store_id, last + len(rows))
+        self.waiting.append(events)
 
     # Entries from elsewhere
 
@@ -270,48 +258,6 @@ class Store:
         except FrameError as error:
             raise self._rows.unusable("refuses an entry", error, "let this call run uncached: too_large") from error
 
-    # The journal
-
-    def journal(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Event]]:
-        """The waiting events with a number above ``after``, in order; an empty list means that there are no more.
-
-        Rows that cannot be read are set aside with a warning.
-        """
-        events: list[tuple[int, Event]] = []
-        start = _journal_row(after)
-        while not events and (rows := self._rows.scan(start, _JOURNAL[1], limit)):
-            start = rows[-1][0]
-            bad = []
-            for row, value in rows:
-                try:
-                    events.append((int(row.removeprefix(_JOURNAL[0])), decode_event(unseal(row, value))))
-                except NewerEventError:
-                    if not events:
-                        raise
-                    break
-                except (FrameError, CanonicalError, ValueError) as error:
-                    bad.append((row, value, str(error)))
-            self._rows.set_aside(bad)
-        return events
-
-    def journal_count(self) -> int:
-        """How many events wait for the ledger."""
-        return self._rows.count(*_JOURNAL)
-
-    def has_forgotten(self) -> bool:
-        """Whether a ledger has been told anything of this store before: what it was told then is not here any more."""
-        with self._rows.transaction("reading its journal"):
-            return self._state()[1] > self.journal_count()
-
-    def forget_journal(self, through: int) -> None:
-        """Delete the events up to and including this number: the ledger has committed and re-read them.
-
-        Raises:
-            StoreError: the folder cannot be written.
-        """
-        with self._rows.transaction("forgetting journal rows"):
-            self._rows.delete(_JOURNAL[0], _journal_row(through))
-
     # Looking after it
 
     def stats(self) -> StoreStats:
@@ -319,7 +265,7 @@ class Store:
         return StoreStats(
             entries=self._rows.total() - self._rows.count_texts(),
             objects=self._rows.count(*_OBJECTS),
-            journal_rows=self.journal_count(),
+            journal_rows=self.waiting.count(),
             aside=self._rows.count(*_ASIDE),
             size_bytes=self._rows.size_bytes(),
         )
@@ -373,28 +319,3 @@ class Store:
             self.corrupt_count += len(bad)
             self._rows.set_aside([(key.value, frame, str(error)) for key, frame, error in bad])
         return found
-
-    def _state(self) -> tuple[str, int]:
-        """Id and last journal number, made where absent. Within a transaction.
-
-        A damaged row gets a *new* id: under the old one, numbers given out twice would be skipped by a ledger that has seen them.
-        """
-        try:
-            sealed = self._rows.get(STATE)
-            if sealed is not None:
-                store_id, last = decode(unseal(STATE, sealed))
-                return store_id, last
-        except (FrameError, CanonicalError, StoreError, ValueError, TypeError) as error:
-            tell(f"{self.directory}: the store gets a new id: {error}", CorruptEntryWarning, stacklevel=4)
-        rows = self._rows.query("SELECT MAX(key) FROM Cache WHERE raw = 1 AND key > ? AND key < ?", _JOURNAL)
-        last = int(rows[0][0].removeprefix(_JOURNAL[0])) if rows[0][0] else 0
-        store_id = uuid.uuid4().hex
-        self._set_state(store_id, last)
-        return store_id, last
-
-    def _set_state(self, store_id: str, last: int) -> None:
-        self._rows.put([(STATE, seal(STATE, encode_canonical([store_id, last])))])
-
-
-def _journal_row(number: int) -> str:
-    return f"{_JOURNAL[0]}{number:020d}"

@@ -117,10 +117,10 @@ def prepare(folder: Path, target: str) -> Path:
         with ledger.opened(ledger.path) as connection:  # a sync that does not come further than its COMMIT
             connection.execute("BEGIN TRANSACTION")
             intake = Intake(connection, store)
-            for number, event in store.journal():
-                intake.take(store.store_id, number, event)
+            for number, event in store.waiting.read():
+                intake.take(store.waiting.id(), number, event)
             intake.finish()
-            connection.execute(f"INSERT INTO synced VALUES ('{store.store_id}', {number}, now()::TIMESTAMP)")
+            connection.execute(f"INSERT INTO synced VALUES ('{store.waiting.id()}', {number}, now()::TIMESTAMP)")
             connection.execute("COMMIT")
             shutil.copytree(folder / "open", folder / "closed")
     else:
@@ -160,7 +160,7 @@ def _expect(folder: Path, target: str) -> _Expected:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(shutil.copytree(folder, Path(scratch) / "copy"))
         store, ledger = open_pair(copy)
-        expected.events = dict(store.journal(limit=1000))
+        expected.events = dict(store.waiting.read(limit=1000))
         if target.startswith("ledger"):
             expected.tables.append(_tables(ledger))
         if target == "ledger and its log":  # what a log says may be gone, as long as it is gone as a whole
@@ -183,7 +183,7 @@ def _look_at_store(folder: Path, expected: _Expected) -> str:
         told = bool(store.check())
         if missing and not (noticed or told):
             told = not verify_folder(folder).good
-        for number, event in store.journal(limit=1000):
+        for number, event in store.waiting.read(limit=1000):
             if expected.events.get(number) != event:
                 return "wrong"
         for batch in (*missing, NEW):

@@ -116,7 +116,7 @@ def faults_of_store(store: Store, sure: Iterable[int], *, whole: bool = True) ->
     if whole:
         faults += [Fault("half", f"{count} of batch {batch}") for batch, count in present.items() if count != SIZE]
     faults += [Fault("damaged", problem) for problem in store.check()]
-    events = [number for number, _ in store.journal(limit=1_000_000)]
+    events = [number for number, _ in store.waiting.read(limit=1_000_000)]
     if len(events) != len(set(events)) or events != sorted(events):
         faults.append(Fault("twice", f"journal numbers {events}"))
     wanted = {f"model/{BASE.root.hex}"} if present else set()
@@ -135,7 +135,7 @@ def faults_of_ledger(store: Store, ledger: Ledger, batches: set[int], *, told: s
     told = batches if told is None else told
     numbers = {key_of_number(number).hex: number for number in numbers_of(batches)}
     faults = [Fault("disagrees", problem) for problem in verify_cache(store, ledger).problems]
-    if waiting := store.journal_count():
+    if waiting := store.waiting.count():
         faults.append(Fault("disagrees", f"{waiting} events wait after a sync"))
     counted = (
         ("outputs", "key", len(numbers)),

@@ -59,7 +59,7 @@ def test_a_signal_while_it_computes(tmp_path: Path, store_folder: Path, number: 
     assert done >= len(before)
     # Whole batches, all but the one in hand, and the ledger knows as much.
     with Store(store_folder / "store") as store:
-        assert store.check() == [] and store.journal_count() == 0
+        assert store.check() == [] and store.waiting.count() == 0
         entries = store.stats().entries
     assert entries % ROWS == 0 and ROWS * done <= entries <= ROWS * (done + 1)
     ledger = Ledger(store_folder / "ledger.duckdb")
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_costs_the_sync_and_not_the_line(tmp_path: Path, store_f
     assert done.stderr.count("Traceback") == 1
     assert "evalcache: 0 hits, 0 misses, 2 uncacheable" in done.stderr
     with Store(store_folder / "store") as store:
-        assert store.journal_count() > 0
+        assert store.waiting.count() > 0
 
 
 def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:

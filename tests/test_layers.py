@@ -71,6 +71,7 @@ LEVELS = {
     "prices": 2,  # what an hour of a device costs
     "rows": 3,  # bytes under bytes in one file
     "tables": 3.5,  # events and entries → rows of the ledger
+    "waiting": 3.6,  # what of a store waits for the ledger
     "intake": 3.8,  # these on their way into the tables
     "inspection": 3.9,  # every row of a store, checked
     "store": 4,

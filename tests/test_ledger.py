@@ -41,6 +41,7 @@ from evalcache.ledger import Ledger, Table
 from evalcache.records import pack_tokens
 from evalcache.schema import VERSION, columns
 from evalcache.store import Store
+from evalcache.waiting import Waiting
 
 
 def only(table: Table) -> dict:
@@ -110,25 +111,25 @@ class TestSync:
         cold_and_warm(store)
         ledger.sync(store)
         before = dump(ledger)
-        assert store.journal_count() == 0
+        assert store.waiting.count() == 0
         report = ledger.sync(store)
         assert (report.events, report.entries) == (0, 0)
         assert dump(ledger) == before
 
-    def test_events_that_were_taken_in_but_not_forgotten_are_not_counted_twice(self, pair: tuple[Store, Ledger]) -> None:
+    def test_events_that_were_taken_in_but_not_forgotten_are_not_counted_twice(self, pair, monkeypatch) -> None:
         store, ledger = pair
 
-        class ForgetsNothing(Store):
-            def forget_journal(self, through: int) -> None:
-                raise KeyboardInterrupt
+        def interrupted(self: Waiting, through: int) -> None:
+            raise KeyboardInterrupt
 
         cold_and_warm(store)
-        with pytest.raises(KeyboardInterrupt):
-            ledger.sync(ForgetsNothing(store.directory))
-        before, waiting = dump(ledger), store.journal_count()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Waiting, "forget", interrupted)
+            ledger.sync(store)
+        before, waiting, store_id = dump(ledger), store.waiting.count(), store.waiting.id()
         assert waiting > 0
         report = ledger.sync(store)
-        assert (report.events, store.journal_count()) == (0, 0)
+        assert (report.events, store.waiting.count(), store.waiting.id()) == (0, 0, store_id)
         assert dump(ledger) == before
 
     def test_a_refreshed_answer_is_kept_beside_the_elder(self, pair: tuple[Store, Ledger]) -> None:
@@ -168,7 +169,7 @@ class TestSync:
     def test_progress_is_told(self, pair: tuple[Store, Ledger]) -> None:
         store, ledger = pair
         cold_and_warm(store)
-        waiting, told = store.journal_count(), []
+        waiting, told = store.waiting.count(), []
         ledger.sync(store, progress=lambda done, total: told.append((done, total)))
         assert told[-1] == (waiting, waiting)
 
@@ -202,7 +203,7 @@ def test_kill_9_at_any_instant_loses_and_doubles_nothing(tmp_path: Path) -> None
         os.kill(syncing.pid, signal.SIGKILL)
         syncing.wait()
     ledger.sync(store)
-    assert store.journal_count() == 0
+    assert store.waiting.count() == 0
     assert {row[0] for row in ledger.query("SELECT key FROM outputs").rows} == {key.hex for key in keys}
     # Not only present: each once.
     assert ledger.query("SELECT count(*), count(DISTINCT key) FROM outputs").rows == [(960, 960)]
@@ -225,7 +226,7 @@ def test_a_ledger_held_by_another_program_is_locked_and_loses_nothing(pair: tupl
     ask_all(store, FIRST, NOON, [(make_action(prompt=(1,)), make_result())])
     ledger.sync(store)
     ask_all(store, SECOND, NOON, [(make_action(prompt=(2,)), make_result())])
-    waiting = store.journal_count()
+    waiting = store.waiting.count()
     notebook = subprocess.Popen(
         [sys.executable, "-c", HELD, str(ledger.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -237,7 +238,7 @@ def test_a_ledger_held_by_another_program_is_locked_and_loses_nothing(pair: tupl
                 act()
             assert caught.value.exit_code == 3
             assert caught.value.path == ledger.path
-        assert store.journal_count() == waiting
+        assert store.waiting.count() == waiting
     finally:
         notebook.communicate("\n")
     assert ledger.sync(store).entries == 1
@@ -291,7 +292,7 @@ class TestRebuild:
         cold_and_warm(store)
         ledger.sync(store)
         ask_all(store, THIRD, NOON + 200, [(make_action(TUNED), full_result())], TUNED)
-        assert (ledger.rebuild(store).entries, store.journal_count()) == (1, 0)
+        assert (ledger.rebuild(store).entries, store.waiting.count()) == (1, 0)
         ledger.sync(store)
         assert ledger.query("SELECT count(*), count(DISTINCT key) FROM outputs").rows == [(4, 4)]
 
@@ -337,12 +338,12 @@ class TestFile:
     def test_that_is_no_ledger_is_an_error_and_stays(self, pair: tuple[Store, Ledger], content: bytes) -> None:
         store, ledger = pair
         cold_and_warm(store)
-        waiting = store.journal_count()
+        waiting = store.waiting.count()
         ledger.path.write_bytes(content)
         with pytest.raises(LedgerError):
             ledger.sync(store)
         assert ledger.path.read_bytes() == content
-        assert store.journal_count() == waiting
+        assert store.waiting.count() == waiting
 
     def test_of_another_database_is_an_error(self, pair: tuple[Store, Ledger]) -> None:
         _, ledger = pair
@@ -642,7 +643,7 @@ class TestWhatAnEvalIsAbout:
         ]
         odd = DocumentsSeen(FIRST, "lm_eval", "gsm8k", ("short", "no json"), (b"\x01", bytes(16)), ("{}", "{'a'"))
         assert tell(pair, *events, odd, good, scored(FIRST, {"1": 1.0})) == len(events)
-        assert pair[0].journal_count() == 0
+        assert pair[0].waiting.count() == 0
         assert pair[1].query("SELECT document, digest, content FROM documents ORDER BY document").rows == [
             ("1", digest_bytes(b"{}").hex, "{}"),
             ("no json", bytes(16).hex(), None),

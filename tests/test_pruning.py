@@ -151,7 +151,7 @@ def test_what_stays_fits_and_is_worth_at_least_what_goes(tmp_path_factory, entri
             NOON,
             [(make_action(prompt=(n,)), make_result((n,), cost, text="x" * size)) for n, (cost, size) in asked],
         )
-        store.forget_journal(10**9)
+        store.waiting.forget(10**9)
         limit = int(stored_bytes(store) * share)
         plan = plan_prune(store, max_bytes=limit, told_at=later())
         left = stored_bytes(store) - plan.total.size_bytes

@@ -90,7 +90,7 @@ def test_another_process_sees_it(store: Store) -> None:
     items = make_items(3)
     commit(store, items)
     with Store(store.directory) as other:
-        assert other.store_id == store.store_id
+        assert other.waiting.id() == store.waiting.id()
         assert len(other.get_many([key for key, _, _ in items])) == 3
 
 
@@ -127,18 +127,18 @@ class TestJournal:
         items = make_items(2)
         commit(store, items, RunStarted("r", 1.0, "eval"), Overhead("r", 2.0, {"keys": 0.5}))
         commit(store, [], Overhead("r", 3.0, {}))
-        rows = store.journal()
+        rows = store.waiting.read()
         assert [number for number, _ in rows] == [1, 2, 3, 4]
         assert rows[2][1] == Stored("r", tuple(key.value for key, _, _ in items))
-        assert store.journal(after=1, limit=2) == rows[1:3]
-        store.forget_journal(3)
-        assert (store.journal(), store.journal_count()) == (rows[3:], 1)
+        assert store.waiting.read(after=1, limit=2) == rows[1:3]
+        store.waiting.forget(3)
+        assert (store.waiting.read(), store.waiting.count()) == (rows[3:], 1)
 
     def test_numbers_rise_after_everything_was_forgotten(self, store: Store) -> None:
         commit(store, [], Overhead("r", 1.0, {}))
-        store.forget_journal(1)
+        store.waiting.forget(1)
         commit(Store(store.directory), [], Overhead("r", 2.0, {}))
-        assert [number for number, _ in store.journal()] == [2]
+        assert [number for number, _ in store.waiting.read()] == [2]
 
     def test_a_damaged_row_is_set_aside_and_the_rest_goes_on(self, store: Store) -> None:
         for at in range(5):
@@ -146,18 +146,18 @@ class TestJournal:
         for number in (1, 2, 4):
             alter(store, f"journal/{number:020d}", "CAST(x'00' || substr(value, 2) AS BLOB)")
         with pytest.warns(CorruptEntryWarning):
-            assert [number for number, _ in store.journal(limit=2)] == [3]
-        assert [number for number, _ in store.journal(after=3, limit=1)] == [5]
-        assert (store.journal_count(), store.stats().aside) == (2, 3)
+            assert [number for number, _ in store.waiting.read(limit=2)] == [3]
+        assert [number for number, _ in store.waiting.read(after=3, limit=1)] == [5]
+        assert (store.waiting.count(), store.stats().aside) == (2, 3)
 
     def test_a_damaged_state_draws_a_new_id_and_no_number_twice(self, store: Store) -> None:
         commit(store, [], Overhead("r", 1.0, {}), Overhead("r", 2.0, {}))
-        before = store.store_id
+        before = store.waiting.id()
         alter(store, "store/state", "x'00'")
         with pytest.warns(CorruptEntryWarning, match="new id"):
             commit(store, [], Overhead("r", 3.0, {}))
-        assert store.store_id != before
-        assert [number for number, _ in store.journal()] == [1, 2, 3]
+        assert store.waiting.id() != before
+        assert [number for number, _ in store.waiting.read()] == [1, 2, 3]
 
 
 class TestDamage:
@@ -242,7 +242,7 @@ class TestAllOrNothing:
         for bad, error in ((Result(scalars={"x": object()}), CanonicalError), (huge, StoreError)):
             with pytest.raises(error):
                 store.commit([*good, (key, action, bad)], [Overhead("r", 1.0, {})], {"model/aa": b"m"}, run="r", created_at=1.0)
-        assert (store.stats().entries, store.stats().objects, store.journal_count()) == (0, 0, 0)
+        assert (store.stats().entries, store.stats().objects, store.waiting.count()) == (0, 0, 0)
 
     def test_a_full_disk_writes_nothing_and_is_survived(self, store: Store) -> None:
         commit(store, make_items(5))
@@ -251,9 +251,9 @@ class TestAllOrNothing:
         with pytest.raises(StoreError, match="full"):
             commit(store, make_items(500, start=100))
         store._rows.query("PRAGMA max_page_count = 1000000")
-        assert (store.stats().entries, store.journal_count()) == (5, 1)
+        assert (store.stats().entries, store.waiting.count()) == (5, 1)
         commit(store, make_items(500, start=100))
-        assert (store.stats().entries, [number for number, _ in store.journal()], store.check()) == (505, [1, 2], [])
+        assert (store.stats().entries, [number for number, _ in store.waiting.read()], store.check()) == (505, [1, 2], [])
 
     def test_no_reader_sees_entries_without_their_event(self, store: Store) -> None:
         done = threading.Event()
@@ -297,8 +297,8 @@ def test_four_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     store = Store(folder)
     expected = {key: result for start in range(4) for key, _, result in make_items(200, start=start * 1000)}
     assert {key: entry.result for key, entry in store.get_many(list(expected)).items()} == expected
-    assert [number for number, _ in store.journal()] == list(range(1, 101))
-    assert {key for _, event in store.journal() for key in event.keys} == {key.value for key in expected}
+    assert [number for number, _ in store.waiting.read()] == list(range(1, 101))
+    assert {key for _, event in store.waiting.read() for key in event.keys} == {key.value for key in expected}
     assert store.check() == []
 
 
@@ -322,6 +322,6 @@ def test_a_killed_writer_loses_at_most_what_was_not_acknowledged(tmp_path: Path)
             found = store.get_many(keys)
             assert all(key in found for key in keys[: (acknowledged + 1) * size]), "an acknowledged commit is gone"
             assert len(found) % size == 0, "half a commit is there"
-            assert store.journal_count() * size == store.stats().entries
+            assert store.waiting.count() * size == store.stats().entries
             store.close()
     assert Store(folder).check() == []

@@ -106,10 +106,10 @@ def test_it_hits(kept: Path) -> None:
 def test_its_ledger_and_its_journal_are_read(kept: Path) -> None:
     told = asked_in(kept)
     store, ledger = open_pair(kept)
-    waiting = [type(event).__name__ for _, event in store.journal()]
+    waiting = [type(event).__name__ for _, event in store.waiting.read()]
     assert waiting == told["waiting"], OLD.format("tell what waited", "nothing: events keep their names and fields")
     ledger.sync(store)
-    assert store.journal_count() == 0
+    assert store.waiting.count() == 0
     runs = ledger.query("SELECT misses, uncacheable, status FROM hits_by_run ORDER BY started_at").rows
     assert runs == [(0, 1, "ok"), (len(told["entries"]), 0, "ok")], "the run that waited, and the one that computed"
     answered = ledger.query("SELECT count(*), count(DISTINCT key) FROM answers").rows
@@ -153,17 +153,17 @@ def test_an_entry_of_a_newer_version_is_computed_again_and_stays(tmp_path: Path)
 def test_events_of_a_newer_version_wait_for_it_with_all_that_follow(tmp_path: Path, monkeypatch) -> None:
     store, ledger = open_pair(tmp_path)
     cold_and_warm(store)
-    before = store.journal_count()
+    before = store.waiting.count()
     newer = encode_canonical(["Foreseen", {"run": FIRST, "at": 1.0}])
     with store._rows.transaction("as a newer version would"):
-        store_id, last = store._state()
+        store_id, last = store.waiting.state()
         row = f"journal/{last + 1:020d}"
         store._rows.put([(row, seal(row, newer))])
-        store._set_state(store_id, last + 1)
+        store.waiting._set_state(store_id, last + 1)
     write(store, FIRST, NOON, [(make_action(prompt=(9,)), make_result())])
     with pytest.raises(NewerEventError, match="upgrade"):
         ledger.sync(store)
-    assert store.journal_count() == before + 2, "nothing of it is forgotten"
+    assert store.waiting.count() == before + 2, "nothing of it is forgotten"
     cache = Cache(tmp_path)
     with pytest.warns(EvalCacheWarning, match="upgrade") as told:
         assert ask(cache, Engine()) == expected(Engine())
@@ -175,12 +175,12 @@ def test_events_of_a_newer_version_wait_for_it_with_all_that_follow(tmp_path: Pa
 
     from evalcache.journal import decode_event
 
-    monkeypatch.setattr("evalcache.store.decode_event", decode_as_newer)
+    monkeypatch.setattr("evalcache.waiting.decode_event", decode_as_newer)
     monkeypatch.setattr("evalcache.intake.event_rows", lambda *told: {} if told[2] is None else event_rows(*told))
     from evalcache.tables import event_rows
 
     ledger.sync(store)
-    assert store.journal_count() == 0 and ledger.query("SELECT count(*) FROM outputs").rows == [(7,)]
+    assert store.waiting.count() == 0 and ledger.query("SELECT count(*) FROM outputs").rows == [(7,)]
 
 
 def test_a_ledger_of_a_newer_schema_costs_a_run_one_warning(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_ledger_of_a_newer_schema_costs_a_run_one_warning(tmp_path: Path) -> N
         cache.close()
     assert len(told) == 1
     with Store(tmp_path / "store") as store:
-        assert store.journal_count() > 0 and store.stats().entries == 4, "the store goes on, and what is new waits"
+        assert store.waiting.count() > 0 and store.stats().entries == 4, "the store goes on, and what is new waits"
 
 
 # --- two versions of duckdb --------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Live:
         """Another text when the ledger, or what waits for it, has changed. Opens nothing of DuckDB's."""
         with contextlib.suppress(OSError, EvalCacheError):
             about = self._ledger.path.stat()
-            return f"{about.st_mtime_ns:x}.{about.st_size:x}.{self._store.journal_count():x}"
+            return f"{about.st_mtime_ns:x}.{about.st_size:x}.{self._store.waiting.count():x}"
         return ""
 
     def finish(self, timeout_s: float) -> None:

@@ -116,7 +116,7 @@ def describe(folder: Path) -> dict[str, Any]:
                     "arrays": {name: [one.dtype, list(one.shape), one.data.hex()] for name, one in result.arrays.items()},
                 },
             }
-        waiting = [type(event).__name__ for _, event in store.journal()]
+        waiting = [type(event).__name__ for _, event in store.waiting.read()]
     versions = {"key": key.KEY_VERSION, "frame": frame.FRAME_VERSION, "schema": schema.VERSION}
     return {"versions": versions, "entries": entries, "waiting": waiting}
 
