@@ -12,7 +12,7 @@ from typing import Any
 from evalcache.canonical import decode
 from evalcache.digest import Digest
 from evalcache.errors import FrameError, UnknownNameError
-from evalcache.records import Entry, unpack_logprobs, unpack_tokens
+from evalcache.records import Entry, Result, digest_answer, unpack_logprobs, unpack_tokens
 from evalcache.store import Store
 from evalcache.structs import names_of
 
@@ -68,7 +68,8 @@ def describe_conflict(mine: Entry, other: Entry) -> dict[str, Any]:
     """Two answers to one question: in what they differ, and what each says there."""
     one, two = mine.result, other.result
     names = [name for name in names_of(one) if name != "cost"]
-    differs = [name for name in names if getattr(one, name) != getattr(two, name)]
+    told = [[digest_answer(Result(**{name: getattr(result, name)})) for name in names] for result in (one, two)]
+    differs = [name for name, here, there in zip(names, *told, strict=True) if here != there]
     said = [
         "; ".join(_said(name, getattr(result, name)) for name in differs if name not in ("arrays", "tokens") or differs == [name])
         for result in (one, two)

@@ -31,7 +31,7 @@ _held: list = []
 
 
 def no_fork() -> Any:
-    """What this thread holds while it is within SQLite, as a context manager. Not across a `yield`: others wait to fork."""
+    """What this thread holds while it is within SQLite, as a context manager: for a statement or two, for others wait to fork."""
     return _gate.lock
 
 

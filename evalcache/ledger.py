@@ -258,7 +258,7 @@ class Ledger:
         except duckdb.Error as error:
             if any(word in str(error) for word in _LOCKED):
                 raise self._locked("another program has the ledger open", holder_in(error)) from error
-            raise LedgerError(f"{path}: {error}", path=path) from error
+            raise LedgerError(f"{path}: {error}", hint="`evalcache verify --fix` mends a damaged ledger", path=path) from error
 
     def _locked(self, message: str, holder: str = "") -> LedgerLockedError:
         holder = holder or held_by(self.path, Path(f"{self.path}.lock"))

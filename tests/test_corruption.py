@@ -102,5 +102,5 @@ def test_a_damaged_ledger_is_one_clear_message(tmp_path: Path, store_folder: Pat
         done = subprocess.run([sys.executable, "-m", "evalcache", *verb], capture_output=True, text=True, timeout=60)
         assert done.returncode in (1, 2), (verb, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
-        assert "Corrupt database file" in done.stdout + done.stderr
+        assert "Corrupt database file" in done.stdout + done.stderr and "evalcache verify --fix" in done.stdout + done.stderr
     assert store.get(key_of_number(9)) == entry_of(9)

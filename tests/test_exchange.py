@@ -34,6 +34,7 @@ from recorded import (
 
 from evalcache.audit import audit
 from evalcache.digest import Digest, Hasher
+from evalcache.entryview import describe_conflict
 from evalcache.errors import ExchangeError
 from evalcache.exchange import export_entries, import_entries
 from evalcache.frame import encode_frame
@@ -108,6 +109,7 @@ def test_answers_are_told_apart_by_their_bytes(tmp_path, one, other, is_another)
         write(store, FIRST, NOON, [(make_action(), make_result(scalars={"sum": value}))])
     export_entries(here, tmp_path / "file")
     assert import_entries(there, tmp_path / "file") == (Taken(conflicts=1) if is_another else Taken(known=1))
+    assert [describe_conflict(*pair)["differs"] for pair in there.conflicts()] == ["scalars"] * is_another
 
 
 def test_another_answer_is_kept_beside_the_one_that_is_served(tmp_path, store_folder):
