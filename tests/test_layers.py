@@ -65,6 +65,10 @@ LEVELS = {
     "leases": 3.5,  # what a live process is computing
     "serving": 4,  # the requests of one call
     "frame": 3,
+    "shelf": 1.5,  # things bounded by bytes
+    "stateframe": 2.5,  # the bytes of what enters a layer
+    "statefolder": 2.9,  # files of them
+    "states": 3,  # what is kept of them
     "journal": 3,
     "auditviews": 2.9,  # SQL behind the figures of an audit
     "schema": 3,
