@@ -33,6 +33,8 @@ LOOK_S = 1.0
 """So long a process goes by what it saw in the folder, at the least."""
 LOOK_SHARE = 0.02
 """Looking into a folder of very many files takes at most so much of the time."""
+LOOK_PARTS = 32
+"""After writing such a part of the limit a process looks again, whatever the time."""
 RETRY_S = 30.0
 """A folder that could not be written is left alone for so long."""
 
@@ -45,8 +47,9 @@ _TOUCH_S = 3600.0  # how exact the time of the last reading is
 class StateFolder:
     """The files of one folder, for many threads.
 
-    What other processes have written is known from the last look, a second ago or, where looking takes long, somewhat more. By
-    what they have written since then, the files together may be larger than the limit, until the next look.
+    What other processes have written is known from the last look: a second ago, or where looking takes long somewhat more, and
+    before every thirty-second part of the limit that this process writes. So for some seconds the files of several processes may
+    be larger together than the limit, by such a part for each of them.
 
     Args:
         directory: for states alone; it is made, for its owner alone, by the first that is written. limit_bytes: of all files.
@@ -59,7 +62,9 @@ class StateFolder:
         # A signal's handler may come here while its thread is in here.
         self._lock = threading.RLock()
         self._look_at, self._write_at = -math.inf, -math.inf  # not before
+        self._looking = False
         self._changed_ns: int | None = None  # the folder's mtime at the last look
+        self._written_bytes = 0  # since the last look
         self._unfinished_bytes = 0  # what other processes are writing
         # Of these the shelf knows better than a look that went on meanwhile: what is being written or deleted, and what was.
         self._underway: set[Digest] = set()
@@ -134,12 +139,11 @@ class StateFolder:
 
     def _write_file(self, path: str, parts: list) -> None:
         unfinished = f"{self.directory}{os.sep}.unfinished-{os.getpid()}-{uuid.uuid4().hex}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
-            opened = os.open(unfinished, flags, 0o600)
+            opened = _create(unfinished)
         except FileNotFoundError:  # not made yet, or deleted meanwhile
             make_folder(self.directory)
-            opened = os.open(unfinished, flags, 0o600)
+            opened = _create(unfinished)
         try:
             with open(opened, "wb") as file:
                 file.writelines(parts)
@@ -167,6 +171,7 @@ class StateFolder:
             self.shelf.reserved_bytes -= one.size_bytes
             if written:
                 self.shelf.add(key, Held(one.size_bytes, one.microseconds))
+                self._written_bytes += one.size_bytes
             self._underway.remove(key)
             self._touched.add(key)
 
@@ -204,12 +209,21 @@ class StateFolder:
 
     def _look(self) -> bool:
         """Find what other processes have written or deleted, if that is due; whether it was."""
-        with no_fork(), self._lock:
-            began = time.monotonic()
-            if began < self._look_at:
+        with no_fork():
+            return self._look_now() if self._is_due() else False
+
+    def _is_due(self) -> bool:
+        """Whether to look now, which this thread does and no other."""
+        with self._lock:
+            written_much = self._written_bytes * LOOK_PARTS > self.shelf.limit_bytes
+            if self._looking or (time.monotonic() < self._look_at and not written_much):
                 return False
-            self._look_at = math.inf  # one thread looks
+            self._looking, self._written_bytes = True, 0
             self._touched.clear()
+            return True
+
+    def _look_now(self) -> bool:
+        began = time.monotonic()
         leaving: Mapping[Digest, Held] = {}
         try:
             changed_ns = os.stat(self.directory).st_mtime_ns
@@ -217,11 +231,11 @@ class StateFolder:
                 return False
             settled = time.time_ns() - changed_ns >= SETTLED_NS  # else a later change may leave the same time behind
             found, unfinished_bytes = self._scan()
-            with no_fork(), self._lock:
+            with self._lock:
                 self._changed_ns = changed_ns if settled else None
                 leaving = self._refill(found, unfinished_bytes)
         except FileNotFoundError:  # not made yet, or deleted
-            with no_fork(), self._lock:
+            with self._lock:
                 self._changed_ns = None
                 self._refill({}, 0)
         except OSError as error:
@@ -229,6 +243,7 @@ class StateFolder:
         finally:
             ended = time.monotonic()
             self._look_at = ended + max(LOOK_S, (ended - began) / LOOK_SHARE)
+            self._looking = False
         with contextlib.suppress(OSError):
             self._unlink(leaving)
         return True
@@ -291,3 +306,7 @@ class StateFolder:
     def _failed(self, what: str, error: Exception) -> None:
         why = error.message if isinstance(error, StoreError) else error
         tell_of_folder(cache_folder_of(self.directory), f"{self.directory}: {what}: {why} ({FOLDER_HINT})", stacklevel=5)
+
+
+def _create(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

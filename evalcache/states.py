@@ -82,9 +82,9 @@ class States:
             if state is not None:
                 self._hits += 1
                 return state
-        with undivided():
+        with undivided(), no_fork():  # a child must not inherit what another thread has half done
             found = None if self._folder is None else self._folder.read(key)
-            with no_fork(), self._lock:
+            with self._lock:
                 self._hits += found is not None
                 self._disk_hits += found is not None
                 self._misses += found is None
@@ -129,7 +129,7 @@ class States:
             # Whatever else shares the memory of a view could change it, or be kept alive by it.
             owned = State(MappingProxyType({name: _owned(array) for name, array in state.tensors.items()}))
             one = Held(size_bytes, _microseconds(seconds), owned)
-            with undivided():
+            with undivided(), no_fork():
                 kept = self._hold(key, one) or self._write(key, one)
         if not kept:
             with no_fork(), self._lock:
@@ -168,10 +168,11 @@ class States:
             with no_fork(), self._lock:
                 held = sorted(self._memory.held.items(), key=lambda item: item[1].worth, reverse=True)
             for key, one in held:
-                if time.monotonic() < until:
-                    self._write(key, one)
-                with no_fork(), self._lock:
-                    self._memory.remove(key)
+                with no_fork():
+                    if time.monotonic() < until:
+                        self._write(key, one)
+                    with self._lock:
+                        self._memory.remove(key)
 
     # --- within ------------------------------------------------------------------------------------------------------------
 

@@ -6,16 +6,18 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 from test_failing_folders import needs_mounts
-from test_states import LIMIT, files_in, key_of, state_of
+from test_states import ALWAYS, LIMIT, files_in, key_of, state_of
 
 from evalcache import statefolder
 from evalcache.errors import CorruptEntryWarning
+from evalcache.stateframe import size_bytes_of
 from evalcache.states import States
 
 TESTS = str(Path(__file__).parent)
@@ -146,6 +148,7 @@ def test_what_nobody_has_read_for_a_day_makes_room(tmp_path: Path) -> None:
         os.utime(the_file_named(folder, number), (long_ago, long_ago))
     states = open_states(folder, disk_bytes=sum(files_in(folder).values()))
     assert states.get(key_of(1)) == state_of(1)  # and now somebody has
+    assert time.time() - the_file_named(folder, 1).stat().st_mtime < 60, "which other processes see"
     assert states.put(key_of(3), state_of(3), seconds=1)
     assert states.put(key_of(4), state_of(4), seconds=1)
     assert not states.put(key_of(5), state_of(5), seconds=1)
@@ -201,8 +204,38 @@ assert states.put(key_of(1), state_of(1), seconds=1)
     assert states.get(key_of(1)) == state_of(1)
 
 
+def test_a_change_within_one_step_of_the_file_systems_clock_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ALWAYS.items():
+        monkeypatch.setattr(statefolder, name, value)
+    states = open_states(folder)
+    assert not states.has(key_of(1))
+    looked_at = folder.stat()
+    open_states(folder).put(key_of(1), state_of(1), seconds=1)
+    os.utime(folder, ns=(looked_at.st_atime_ns, looked_at.st_mtime_ns))
+    assert states.get(key_of(1)) == state_of(1)
+
+
+def test_a_look_in_the_middle_of_a_write_counts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ALWAYS.items():
+        monkeypatch.setattr(statefolder, name, value)
+    states = open_states(tmp_path / "states", disk_bytes=2 * size_bytes_of(state_of(0)))
+    replace = os.replace
+
+    def replace_and_look(source: str, target: str) -> None:
+        replace(source, target)
+        thread = threading.Thread(target=states.has, args=(key_of(9),))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(os, "replace", replace_and_look)
+    for number in range(2):
+        assert states.put(key_of(number), state_of(number), seconds=1)
+    assert [states.has(key_of(number)) for number in range(2)] == [True, True]
+    assert states.counts.evicted == 0
+
+
 def test_the_limit_of_two_processes_that_write(tmp_path: Path) -> None:
-    """Too much by what the other wrote since the last look, and no longer than until the next."""
+    """Kept together, but for the part that each may write between two looks; and kept to the byte when they are done."""
     folder = tmp_path / "states"
     code = """
 states, draw = States(Path(sys.argv[1]), memory_bytes=0, disk_bytes=2_000_000), random.Random(sys.argv[2])
@@ -214,6 +247,11 @@ while time.monotonic() < until:
     assert found is None or found == state_of(number, 50_000)
 """
     processes = [start(code, folder, seed) for seed in range(2)]
+    most_bytes = 0
+    while any(process.poll() is None for process in processes):
+        most_bytes = max(most_bytes, sum(files_in(folder).values()))
+        time.sleep(0.005)
+    assert 1_500_000 < most_bytes < 2_500_000
     for process in processes:
         assert process.communicate() == ("", "")
         assert process.returncode == 0

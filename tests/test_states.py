@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 import time
+import unittest.mock as mock
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evalcache import statefolder
 from evalcache.digest import Digest, digest_bytes
 from evalcache.records import Array
 from evalcache.stateframe import size_bytes_of
 from evalcache.states import State, States
 
 LIMIT = 1 << 30
+ALWAYS = {"LOOK_S": 0.0, "LOOK_SHARE": 1e9}
+"""The folder is looked at whenever it could be."""
 
 
 def key_of(number: int) -> Digest:
@@ -93,11 +97,11 @@ gets = st.tuples(st.just("get"), numbers, st.just(0), st.just(0))
 
 
 @settings(max_examples=150)
-@given(st.lists(puts | gets, max_size=40), st.integers(0, 3000), st.integers(0, 4000), st.booleans())
+@given(st.lists(puts | gets, max_size=40), st.integers(0, 3000), st.integers(0, 4000), st.booleans(), st.booleans())
 def test_limits_hold_and_the_least_worth_goes_first(
-    steps: list[tuple[str, int, int, int]], memory_bytes: int, disk_bytes: int, on_disk: bool
+    steps: list[tuple[str, int, int, int]], memory_bytes: int, disk_bytes: int, on_disk: bool, looks: bool
 ) -> None:
-    with tempfile.TemporaryDirectory() as made:
+    with mock.patch.dict(vars(statefolder), ALWAYS if looks else {}), tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "states"
         states = States(folder if on_disk else None, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
         plain = Plain(memory_bytes, disk_bytes if on_disk else 0)
@@ -157,11 +161,12 @@ def test_what_memory_holds_is_there_for_the_next_process(tmp_path: Path) -> None
         states.put(key_of(number), state_of(number, 200), seconds=1 + number)
     assert not files_in(tmp_path / "states")
     states.close()
+    assert states.counts.evicted == 0, "the most valuable first"
     states.close()
     assert states.counts.in_memory == 0
     later = States(tmp_path / "states", memory_bytes=LIMIT, disk_bytes=1000)
     kept = [number for number in range(10) if later.get(key_of(number)) == state_of(number, 200)]
-    assert kept == [7, 8, 9], "the most valuable, as many as there is room for"
+    assert kept == [7, 8, 9], "as many as there is room for"
     assert later.get(key_of(9)) == state_of(9, 200)
     assert (later.counts.hits, later.counts.disk_hits, later.counts.misses) == (4, 3, 7)
 
@@ -173,7 +178,9 @@ def test_closing_ends_in_time(tmp_path: Path) -> None:
     assert not states.has(key_of(0))
 
 
-def test_threads_get_the_very_state_and_both_limits_hold_at_every_moment(tmp_path: Path) -> None:
+def test_threads_get_the_very_state_and_both_limits_hold_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ALWAYS.items():
+        monkeypatch.setattr(statefolder, name, value)
     folder = tmp_path / "states"
     states = States(folder, memory_bytes=200_000, disk_bytes=300_000)
     until, wrong, hits = time.monotonic() + 1.0, [], []
@@ -205,16 +212,39 @@ def test_threads_get_the_very_state_and_both_limits_hold_at_every_moment(tmp_pat
     assert counts.in_memory_bytes == sum(one.size_bytes for one in states._memory.held.values())
 
 
+def test_what_is_kept_is_found_at_every_moment_of_its_way_to_the_disk(tmp_path: Path) -> None:
+    states = States(tmp_path / "states", memory_bytes=50_000, disk_bytes=LIMIT)
+    kept, missed, done = [], [], threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            for number in kept[-4:]:
+                if states.get(key_of(number)) != state_of(number, 20_000):
+                    missed.append(number)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for number in range(300):
+        assert states.put(key_of(number), state_of(number, 20_000), seconds=1 + number)  # and the one before last leaves memory
+        kept.append(number)
+    done.set()
+    thread.join()
+    assert not missed
+    assert states.counts.hits and states.counts.on_disk > 250
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_goes_on_with_what_it_inherited(tmp_path: Path) -> None:
-    states = States(tmp_path / "states", memory_bytes=2000, disk_bytes=LIMIT)
-    states.put(key_of(0), state_of(0), seconds=9)
+    states = States(tmp_path / "states", memory_bytes=3000, disk_bytes=LIMIT)
+    states.put(key_of(0), state_of(0), seconds=1e6)
     stop = threading.Event()
 
     def work() -> None:
+        number = 10
         while not stop.is_set():
             states.get(key_of(0))
-            states.counts  # noqa: B018
+            states.put(key_of(number), state_of(number, 1500), seconds=number / 1000)
+            number += 1
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -224,8 +254,8 @@ def test_a_forked_child_goes_on_with_what_it_inherited(tmp_path: Path) -> None:
             if not child:
                 signal.alarm(20)
                 right = states.get(key_of(0)) == state_of(0)
-                right &= states.put(key_of(1), state_of(1, 3000), seconds=1) and states.get(key_of(1)) == state_of(1, 3000)
-                os._exit(0 if right else 1)
+                right &= states.put(key_of(1), state_of(1, 5000), seconds=1) and states.get(key_of(1)) == state_of(1, 5000)
+                os._exit(0 if right and not states._leaving and not states._folder._underway else 1)
             assert os.waitpid(child, 0)[1] == 0
     finally:
         stop.set()
