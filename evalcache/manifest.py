@@ -52,7 +52,8 @@ class Manifest:
     Args:
         modules: the root module's path is the empty string.
         configs: digest of each distinct configuration, by the path of the first module that holds it.
-        about: what a person wants to know (``class``, ``config``, ``parameters``, ``adapter``, ``quantisation``); not hashed.
+        about: what a person wants to know (``class``, ``config``, ``parameters``, ``adapter``, ``quantisation``), and
+            ``references``: paths of modules that others reach otherwise than as children; not hashed.
     """
 
     modules: Mapping[str, ModuleRecord]

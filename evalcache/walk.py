@@ -67,6 +67,8 @@ class Walk:
         read = frozenset[str]().union(*map(names_read, own))
         self.encoder = AttributeEncoder(self._encode_code, self._encode_object, read)
         self.modules: dict[str, ModuleRecord] = {}
+        self.references: set[str] = set()
+        """Paths of modules that others, or their code, reach otherwise than as children."""
 
     # --- tensors -------------------------------------------------------------------------------------------------------
 
@@ -291,6 +293,7 @@ class Walk:
         """A module that is reachable other than as a child: by its place in the model if it has one, else by its content."""
         place = self._places.get(id(module))
         if place is not None:
+            self.references.add(place)
             return ["at", place]
         if any(module is held for held in self._holding):
             return ["held", [module is held for held in self._holding].index(True)]

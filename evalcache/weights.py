@@ -122,7 +122,8 @@ class Fingerprinter:
         known = (manifest.root, getattr(config, "_name_or_path", None), adapter)
         if self._about[0] != known:
             self._about = known, _describe(module, adapter)
-        return Manifest(manifest.modules, manifest.configs, self._about[1])
+        about = self._about[1] | ({"references": sorted(walk.references)} if walk.references else {})
+        return Manifest(manifest.modules, manifest.configs, about)
 
 
 def _describe(module: nn.Module, adapter: str) -> dict[str, Any]:

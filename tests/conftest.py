@@ -51,3 +51,16 @@ def gradients() -> None:
     """Gradients are on, as Python starts: lighteval switches them off for its whole process when it is imported."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_grad_enabled(True)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many architectures were resumed exactly, refused and wrong, where any was tried (`test_architectures.py`)."""
+    told = [
+        dict(report.user_properties)["components"]
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", "") == "call" and "components" in dict(report.user_properties)
+    ]
+    if told:
+        said = ", ".join(f"{told.count(kind)} {kind}" for kind in ("exact", "refused", "wrong"))
+        terminalreporter.write_line(f"architectures whose forward began above the first layer: {said}")

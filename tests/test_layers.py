@@ -57,6 +57,7 @@ LEVELS = {
     "identity": 3.5,  # a checkpoint with its configs and code
     "environment": 3,
     "key": 3.2,
+    "components": 2.5,  # how much of a model is the same as in another one
     "counts": 2,
     "measuring": 2,  # what computing takes of devices
     "provenance": 3.5,
