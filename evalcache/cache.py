@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ class Cache:
         self.meter = Meter()
         self.clients: dict[str, str] = {}
         """Eval clients that are held on to in this process, with their versions."""
+        self.components = os.environ.get("EVALCACHE_COMPONENTS", "0") not in ("", "0")
+        """Whether forwards may begin above the first layer, where a model is the same as one before up to there."""
+        self.at_end: list[Callable[[], object]] = []
+        """Called when the run ends, before its last commit."""
         self.evicted: Any = None  # what left the store at the end, as a `pruning.Amount`
         self._client = ""  # the one of them that asked first
         self.directory = local_folder(shared)
@@ -279,6 +283,8 @@ class Cache:
                 return
             self._closed = True
         self.flush()
+        for call in self.at_end:
+            call()
         if self._outbox.started:
             self._tell_used()
             self._outbox.tell(RunEnded(self.run_id, time.time(), status, exit_code))

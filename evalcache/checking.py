@@ -122,10 +122,14 @@ class Checking:
 
     def _settle(self, watch: Watch, manifest: Manifest) -> None:
         batches = watch.take()
-        good = [entry for batch in batches if batch.root == manifest.root for entry in batch.entries]
+        unchanged = [batch for batch in batches if batch.root == manifest.root]
+        good = [entry for batch in unchanged for entry in batch.entries]
         self._not_stored("changed", sum(len(batch.entries) for batch in batches) - len(good))
         if good:
             self._outbox.commit(good)
+        for batch in unchanged:
+            if batch.accept is not None:
+                batch.accept()
 
     def _drop(self, watch: Watch) -> None:
         batches = watch.take()

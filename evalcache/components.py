@@ -54,7 +54,7 @@ def chain(manifest: Manifest, stack: Stack) -> tuple[Digest, ...]:
     for path, module in manifest.modules.items():
         if path in whole or path.startswith(inside):
             continue
-        shapes.append([path, *_made_of(module)])
+        shapes.append([path, *made_of(module)])
         tensors[stack.used.get(path, 0)].append([path, [[name, one.digest.value] for name, one in module.tensors.items()]])
     for number, position in sorted(stack.early.items()):
         tensors[position].append([stack.layer(number), layers[number].value])
@@ -69,13 +69,15 @@ def chain(manifest: Manifest, stack: Stack) -> tuple[Digest, ...]:
 
 def shared_depth(mine: Sequence[Digest], others: Sequence[Digest]) -> int:
     """After how many layers two models are still the same; -1 where they differ before the first one."""
-    return next(
-        (depth - 1 for depth, (one, other) in enumerate(zip(mine, others, strict=False)) if one != other),
-        min(len(mine), len(others)) - 1,
-    )
+    depth = -1
+    for one, other in zip(mine, others, strict=False):
+        if one != other:
+            break
+        depth += 1
+    return depth
 
 
-def _made_of(module: ModuleRecord) -> list[object]:
-    """What a module is beside the bytes of its tensors."""
+def made_of(module: ModuleRecord) -> list[object]:
+    """What a module is beside the bytes of its tensors, as a canonical value."""
     shapes = [[name, tensor.dtype, list(tensor.shape)] for name, tensor in module.tensors.items()]
     return [module.class_name, shapes, {kind: digest.value for kind, digest in module.parts.items()}]

@@ -22,6 +22,19 @@ class _Inner(threading.local):
         self.seconds: list[float] = []
 
 
+class Components(Struct):
+    """What forwards that began above the first layer spared: rows, and measured seconds, those of reading states subtracted.
+
+    ``declined``: forwards that ran whole because that was quicker. ``refused``: why others did.
+    """
+
+    resumed: int = 0
+    whole: int = 0
+    spared_seconds: float = 0.0
+    declined: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+
 class Counts(Struct):
     """What one run has met so far. Seconds are measured ones; ``models`` maps a model's name to its root.
 
@@ -40,6 +53,7 @@ class Counts(Struct):
     overhead: Counter[str] = field(default_factory=Counter)
     models: dict[str, Digest] = field(default_factory=dict)
     not_stored: int = 0
+    components: Components = field(default_factory=Components)
     _inner: _Inner = field(default_factory=lambda: _Inner())
 
     @contextlib.contextmanager

@@ -56,10 +56,13 @@ class Session:
     Usable as a context manager, which disables at the end of its block.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | None, policy: str | None, match: str | None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str] | None, policy: str | None, match: str | None, components: bool | None = None
+    ) -> None:
         self.directory = directory
         self.policy = policy
         self.match = match
+        self.components = components
         self._cache: Cache | None = None
         self._failed = False
         self._closed = False
@@ -94,6 +97,8 @@ class Session:
             began = time.perf_counter()
             try:
                 self._cache = self._open()
+                if self.components is not None:
+                    self._cache.components = self.components
                 self._cache.counts.overhead["start"] += time.perf_counter() - began
             except Exception as error:
                 self._failed = True
@@ -232,7 +237,13 @@ class Session:
         _tell(format_summary(counts, str(cache.ledger_path), why=why, ranks=ranks, evicted=cache.evicted))
 
 
-def enable(directory: str | os.PathLike[str] | None = None, *, policy: str | None = None, match: str | None = None) -> Session:
+def enable(
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    policy: str | None = None,
+    match: str | None = None,
+    components: bool | None = None,
+) -> Session:
     """Serve every transformers model of this process from the cache, from here on. One line in a script, or a ``with`` block.
 
     May stand before or after ``import transformers``. There is one session per process: a second call returns the first one's,
@@ -242,6 +253,8 @@ def enable(directory: str | os.PathLike[str] | None = None, *, policy: str | Non
         directory: cache folder; None means ``EVALCACHE_DIR`` or the user's cache folder.
         policy: ``use``, ``refresh``, ``read_only``, ``replay`` or ``off``; None means ``EVALCACHE`` or ``use``.
         match: ``portable`` or ``strict``; None means ``EVALCACHE_MATCH`` or ``portable``.
+        components: whether a forward may begin above the layers that are the same as in a model that has read the row before;
+            None means ``EVALCACHE_COMPONENTS``, or not.
 
     Raises:
         EvalCacheError: the settings given here are not ones, or differ from those the cache has already been opened with.
@@ -252,10 +265,11 @@ def enable(directory: str | os.PathLike[str] | None = None, *, policy: str | Non
     """
     global _current
     session = _current
-    given = {name: value for name, value in (("directory", directory), ("policy", policy), ("match", match)) if value is not None}
+    settings = {"directory": directory, "policy": policy, "match": match, "components": components}
+    given = {name: value for name, value in settings.items() if value is not None}
     _check(given)
     if session is None:
-        session = Session(directory, policy, match)
+        session = Session(directory, policy, match, components)
         _current = session
         if not session.off:
             _start(session)

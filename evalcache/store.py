@@ -229,19 +229,20 @@ class Store:
 
     def objects(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of every good shared object that entries name."""
-        for name, data in self._objects():
+        for name, data in self.objects_under():
             if not name.startswith(_CONFLICT):
                 yield name, data
 
     def conflicts(self) -> Iterator[tuple[Entry, Entry]]:
         """Entries of which other stores had another answer: the one that is served, and each other one."""
-        for name, data in self._objects(_CONFLICT):
+        for name, data in self.objects_under(_CONFLICT):
             key = Digest(bytes.fromhex(name.split("/")[1]))
             mine = self.get(key)
             if isinstance(mine, Entry):
                 yield mine, decode_entry(key, data)
 
-    def _objects(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+    def objects_under(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of every good shared object whose name begins so; ``prefix`` is empty or ends with a slash."""
         after, before = f"{_OBJECTS[0]}{prefix}", f"{_OBJECTS[0]}{prefix[:-1]}0" if prefix else _OBJECTS[1]
         while rows := self._rows.scan(after, before, _SCAN_ROWS):
             for row, value in rows:

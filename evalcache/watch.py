@@ -15,11 +15,12 @@ from evalcache.structs import Struct
 
 
 class Batch(Struct):
-    """Computed results that wait for the check which lets them in."""
+    """Computed results that wait for the check which lets them in; ``accept`` is called by it, for what else was computed."""
 
     root: Digest
     entries: list[tuple[Digest, Action, Result]]
     since: float
+    accept: Callable[[], object] | None = None
 
 
 class Watch:

@@ -105,7 +105,7 @@ def test_mending_that_is_killed_is_done_by_the_next(tmp_path, lines):
     store, ledger = open_pair(tmp_path)
     write(store, FIRST, NOON, [(make_action(prompt=(n, n)), make_result((n,), text="x" * 300)) for n in range(60)])
     ledger.sync(store)
-    write(store, FIRST, NOON, [(make_action(prompt=(n, 1)), make_result((n,))) for n in range(5)])  # the ledger knows nothing of
+    write(store, FIRST, NOON, [(make_action(prompt=(n, 99)), make_result((n,))) for n in range(5)])  # not in the ledger
     store.rows.query("PRAGMA wal_checkpoint(TRUNCATE)")
     before = dict(store.frames())
     store.close()

@@ -132,6 +132,7 @@ def _answers(
             softmax_dtype=None,  # that of the logits
             batch_rows=lambda _: batch_rows,
             forward=lambda model, ids, _mask: model(ids).logits,  # without a mask, as lighteval asks
+            reads="ids",
             alone=False,
             announce=announce,
             tick=lambda count: bar.update(count),

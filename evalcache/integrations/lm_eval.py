@@ -211,6 +211,7 @@ class Adapter:
                 softmax_dtype=lm.softmax_dtype,
                 batch_rows=lambda inputs: _batch_rows(lm, inputs),
                 forward=lambda _model, ids, _mask: lm._model_call(ids),
+                reads="ids",
                 around=_around(lm),
                 alone=False,
                 announce=announce,

@@ -8,6 +8,7 @@ committed every few seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from evalcache.errors import EvalCacheError, UncacheableError
 from evalcache.integrations import lazy
 from evalcache.integrations.generators import generator_states, restore_generators
 from evalcache.integrations.probe import TOLERANCE, batch_dependent, other_generators
+from evalcache.integrations.reuse import Reuse, Reused
 from evalcache.integrations.seam import CLIENT, AnotherModelError, Seam
 from evalcache.integrations.timing import Stopwatch, measured, share
 from evalcache.measuring import Meter
@@ -62,7 +64,7 @@ class Scoring(Frozen):
         batch_tokens: padded tokens of one batch. batch_rows: rows of one batch, asked for with the inputs, longest first, when
             something has to be computed; it takes the place of ``batch_tokens``. No parts of the key.
         forward: (model, ids, mask) → logits; ids and mask ``(batch, width) int64``, padded on the right, where a causal model
-            never looks.
+            never looks. reads: what of it the model is given.
         around: what a client puts around each forward (autocast).
         alone: rows that depend on their neighbours are computed one by one; else they are Uncacheable.
         announce: told how many requests were stored and how many have to be computed. tick: how many were.
@@ -72,6 +74,7 @@ class Scoring(Frozen):
     batch_tokens: int = 8192
     batch_rows: Callable[[Sequence[tuple[int, ...]]], int] | None = None
     forward: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = _forward
+    reads: str = "ids, mask"
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     alone: bool = True
     announce: Callable[[int, int], object] = lambda stored, missing: None
@@ -181,6 +184,10 @@ def _serve(
         scoring.announce(len(rows) - len(missing), len(missing))
         exact = name if scoring.softmax_dtype is None else ""
         scorer = _Scorer.of(live, rows, scoring, alone, missing, exact, seam.cache.meter)
+        if seam.cache.components and seam.cache.match != "strict" and not alone and missing:
+            with torch.no_grad(), scoring.around():
+                forward = functools.partial(scoring.forward, live)
+                scorer.reused = Reuse.within(seam.cache).of(live, watch, manifest, environment, forward, scoring.reads)
         scorers.append(scorer)
         return scorer.portions(missing)
 
@@ -263,6 +270,7 @@ class _Scorer(Struct):
     Args:
         most: rows of one batch; 0 means that its padded tokens count. waiting: how many were announced and are not done yet.
         exact: the dtype that the logits were taken to have. meter: is told what computes.
+        reused: forwards that may begin above the first layer.
     """
 
     model: Any
@@ -273,6 +281,7 @@ class _Scorer(Struct):
     waiting: int
     exact: str
     meter: Meter | None = None
+    reused: Reused | None = None
     _planned: dict[int, tuple[list[int], _Batch]] = field(default_factory=dict)
 
     @classmethod
@@ -350,9 +359,13 @@ def _score_batch(scorer: _Scorer, batch: Sequence[tuple[int, ...]], places: Sequ
         ids[row, : len(one)] = torch.tensor(one)
         mask[row, : len(one)] = 1
     asked = [(row, place, rows[place][1]) for row, mine in enumerate(places) for place in mine]
+    ids, mask = ids.to(device), mask.to(device)
+    if scorer.reused is not None:
+        with scoring.around():
+            scorer.reused.prepare(batch, ids, mask)
     with measured(model, device, scorer.meter, first=False) as watch:
         with scoring.around():
-            logits = scoring.forward(model, ids.to(device), mask.to(device))
+            logits = scoring.forward(model, ids, mask) if scorer.reused is None else scorer.reused(ids, mask)
         if exact not in ("", "logits", dtype_name(logits.dtype)):
             raise UncacheableError("unsupported", f"logits of {logits.dtype} from a model of {exact}")
         virtual = logits.shape[1] - width  # the tokens that a prompt-learning adapter puts before the prompt

@@ -145,7 +145,7 @@ class _Trace(TorchDispatchMode):
             if id(module) in inside:
                 number = inside[id(module)]
                 if places and min(places) < number:
-                    early[number] = min(places + [early.get(number, number)])
+                    early[number] = min([*places, early.get(number, number)])
             elif places:
                 used[name] = min(places)
         return Stack(path, len(layers), used, early)
@@ -161,7 +161,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def capturing(layers: Sequence[nn.Module], depths: Sequence[int]) -> Iterator[dict[int, Boundary]]:
-    """While a forward runs, keep what leaves the layer before each of these depths, by depth. Tensors are copies on their device."""
+    """While a forward runs, keep what has left that many layers, by depth. Tensors are copies on their device."""
     found: dict[int, Boundary] = {}
 
     def keep(depth: int) -> Callable[..., None]:
