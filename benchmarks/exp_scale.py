@@ -5,7 +5,8 @@ An entry is a log-likelihood of 24 tokens, as most of an eval's are. At each siz
 * **get**: 8 and 10,000 keys that were drawn from all entries, each once, from a store that is opened afresh; *warm*: another
   connection has just read them, so that they lie in the system's cache; *cold*: the system was asked to forget the file
   (``POSIX_FADV_DONTNEED``);
-* **put**: 100 and 10,000 new entries in one commit; **sync**: these and their lookups on their way into the ledger;
+* **put**: 100 and 10,000 new entries in one commit, into a file that lies in the system's cache; **sync**: these and their
+  lookups on their way into the ledger;
 * **open**: a `Cache`, up to its first answer; **stats**: ``evalcache stats`` as a process of its own;
 * bytes of store and ledger for each entry; the most memory that a process took that did all of this.
 
@@ -87,11 +88,12 @@ class Filled:
         with Store(self.folder / "store") as store:
             return Ledger(self.folder / "ledger.duckdb").sync(store).seconds
 
-    def grow(self, count: int) -> None:
+    def grow(self, count: int, *, sync: bool) -> None:
         """Fill up to ``count`` entries."""
         while self.count < count:
             self.put(min(10 * PART, count - self.count))
-            self.sync()
+            if sync:
+                self.sync()
             print(f"\r{self.count:,} of {count:,}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
 
@@ -110,6 +112,12 @@ class Filled:
         if len(found) != len(keys) or not all(isinstance(entry, Entry) for entry in found.values()):
             raise SystemExit("entries are missing")
         return seconds
+
+    def warm(self) -> None:
+        """Have the system read the whole store."""
+        with (self.folder / "store" / "cache.db").open("rb") as file:
+            while file.read(16 << 20):
+                pass
 
     def open(self, key: Digest) -> float:
         """Open a cache and read one entry; the seconds."""
@@ -150,8 +158,8 @@ def sizes(chosen: bool) -> Iterator[int]:
     yield from (10_000, 100_000) if chosen else (100_000, 1_000_000, 10_000_000)
 
 
-def measure(report: Report, small: Filled, large: Filled) -> None:
-    """All figures of one size, beside the first one's."""
+def measure(report: Report, small: Filled, large: Filled, *, ledger: bool) -> None:
+    """All figures of one size, beside the first one's; without a ``ledger``, those of the store alone."""
     size = large.count
     drawn = {cache: {count: cache.draw(count) for count in (8, 10_000)} for cache in (small, large)}
     for count, turns in ((8, 40), (10_000, TURNS)):
@@ -161,18 +169,21 @@ def measure(report: Report, small: Filled, large: Filled) -> None:
             report.add(f"{size} get {count} {kind} us a key", here_us)
             if kind == "warm":
                 report.target(f"{size} get {count} warm, times that of the first size", here_us / first_us, "<=", 1.5)
+    for one in (small, large):
+        one.warm()  # after the cold reads
     for count, turns in ((100, 7), (PART, 3)):
-        parts = [[(one.put(count), one.sync()) for one in (small, large)] for _ in range(turns)]
-        for place, kind in enumerate(("put", "sync")):
+        parts = [[(one.put(count), one.sync() if ledger else 0.0) for one in (small, large)] for _ in range(turns)]
+        for place, kind in enumerate(("put", "sync") if ledger else ("put",)):
             first_us, here_us = (statistics.median(turn[one][place] for turn in parts) / count * 1e6 for one in (0, 1))
             report.add(f"{size} {kind} {count} us an entry", here_us)
             report.target(f"{size} {kind} {count}, times that of the first size", here_us / first_us, "<=", 1.5)
     key = large.draw(8)[0]
     large.open(key)  # imports
     report.target(f"{size} open s", statistics.median(large.open(key) for _ in range(9)), "<=", 0.05)
-    report.target(f"{size} stats s", statistics.median(large.stats() for _ in range(3)), "<=", 1.0)
+    if ledger:
+        report.target(f"{size} stats s", statistics.median(large.stats() for _ in range(3)), "<=", 1.0)
+        report.add(f"{size} ledger bytes an entry", (large.folder / "ledger.duckdb").stat().st_size / large.count)
     report.add(f"{size} store bytes an entry", (large.folder / "store" / "cache.db").stat().st_size / large.count)
-    report.add(f"{size} ledger bytes an entry", (large.folder / "ledger.duckdb").stat().st_size / large.count)
     report.add(f"{size} memory MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -180,6 +191,7 @@ def main() -> None:
     """Fill, and measure at each size."""
     parser = arguments("exp_scale", (__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=int, default=10_000_000, help="the largest size")
+    parser.add_argument("--store-only", action="store_true", help="no ledger: ten million take a quarter of an hour, not one")
     parser.add_argument("--dir", type=Path, help="where the caches are made; 10 GB")
     given = parser.parse_args()
     report = Report("exp_scale", given.quick, hardware(["duckdb", "diskcache"]))
@@ -188,12 +200,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
         small, large = Filled(Path(folder) / "small"), Filled(Path(folder) / "large")
         first, *others = [size for size in sizes(given.quick) if size <= given.most]
-        small.grow(first)
+        others = others[-1:] if given.store_only else others
+        small.grow(first, sync=not given.store_only)
         for size in others:
             began = time.perf_counter()
-            large.grow(size)
+            large.grow(size, sync=not given.store_only)
             report.add(f"{size} filled s", time.perf_counter() - began)
-            measure(report, small, large)
+            measure(report, small, large, ledger=not given.store_only)
         shutil.rmtree(folder, ignore_errors=True)
     report.write(given.json)
 

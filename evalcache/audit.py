@@ -200,7 +200,13 @@ def audit(
             missing_watts=sorted(counted.missing_watts),
             prices=list(counted.used),
             grid=grid,
+            components=_components(ask),
         )
+
+
+def _components(ask: Ask) -> tuple[int, float]:
+    found = ask("SELECT sum(row_count)::BIGINT, sum(seconds) FROM components_by_run SEMI JOIN chosen USING (run)").rows[0]
+    return found[0] or 0, found[1] or 0.0
 
 
 def _figures(ask: Ask, by: _By, counted: Counted, run: str | None) -> tuple[list[Row], Row]:

@@ -114,6 +114,12 @@ def _overview(report: Report) -> Iterator[tuple[str, str]]:
     yield "overhead", f"{said_figure('overhead_seconds', total)}, all that evalcache itself took"
     yield "  verification", f"{said_figure('verification_seconds', total)} of it, for checks of models"
     yield "net", f"{said_figure('net_seconds', total)} (reused less overhead)"
+    if report.components[0]:
+        rows, spared_s = report.components
+        yield (
+            "components",
+            f"{format_seconds(spared_s)} spared below the first changed layer, for {rows:,} rows; in no other figure",
+        )
     merged, avoided, loads = total["duplicate_seconds"], total["avoided_loads"] or 0, total["loads"] or 0
     yield "merged", f"{format_seconds(merged)} with an equal request, or computed by the run itself"
     unmeasured = f", {total['unmeasured_loads']:,} of them not measured" if total["unmeasured_loads"] else ""

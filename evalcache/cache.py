@@ -80,12 +80,9 @@ class Cache:
         self.run_id = run or uuid.uuid4().hex
         self.counts = Counts()
         self.meter = Meter()
-        self.clients: dict[str, str] = {}
-        """Eval clients that are held on to in this process, with their versions."""
-        self.components = os.environ.get("EVALCACHE_COMPONENTS", "0") not in ("", "0")
-        """Whether forwards may begin above the first layer, where a model is the same as one before up to there."""
-        self.at_end: list[Callable[[], object]] = []
-        """Called when the run ends, before its last commit."""
+        self.clients: dict[str, str] = {}  # those that are held on to in this process, with their versions
+        self.components = os.environ.get("EVALCACHE_COMPONENTS", "0") not in ("", "0")  # may forwards begin above layers?
+        self.at_end: list[Callable[[], object]] = []  # called before the last commit
         self.evicted: Any = None  # what left the store at the end, as a `pruning.Amount`
         self._client = ""  # the one of them that asked first
         self.directory = local_folder(shared)
@@ -98,16 +95,13 @@ class Cache:
             self._segments = Segments(shared, self.store, pull=self.policy.reads)
         self.ledger_path = self.directory / "ledger.duckdb"
         self._lock = threading.RLock()
-        self._outbox = Outbox(
-            self.store, self.run_id, self.counts, self._describe,
-            writes=self.policy is not Policy.READ_ONLY,
-        )  # fmt: skip
+        writes = self.policy is not Policy.READ_ONLY
+        self._outbox = Outbox(self.store, self.run_id, self.counts, self._describe, writes=writes)
         self._checking = Checking(self._outbox, self.counts, self._meet)
         self._warned: set[str] = set()
         self._synced_at = time.monotonic()
-        self._sync_seconds = 0.0
+        self._sync_seconds, self._closed = 0.0, False
         self.told = False  # whether the ledger knows everything, as of the last sync
-        self._closed = False
         _caches.add(self)
 
     @property

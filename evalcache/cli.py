@@ -52,6 +52,7 @@ def commands() -> None:
 @click.option("--dir", "directory", metavar="FOLDER", help="Cache folder (default: EVALCACHE_DIR, or the user's cache folder).")
 @click.option("--policy", type=click.Choice(_POLICIES), help="What the run may do with the store (default: EVALCACHE, or use).")
 @click.option("--match", type=click.Choice(_MATCHES), help="strict: key the device and the batch (default: EVALCACHE_MATCH).")
+@click.option("--components", is_flag=True, help="Compute log-likelihoods from the first changed layer up.")
 @click.option("--tag", "tags", metavar="NAME", multiple=True, callback=_tags, help="A word of yours for this run; repeatable.")
 @click.option("--ab", is_flag=True, help="Run it bare as well, and compare what is claimed with what the clock says.")
 @click.option("--budget", metavar="2h|20EUR", help="Plan first, and stop between two batches once so much is spent.")
@@ -62,6 +63,7 @@ def run(
     directory: str | None,
     policy: str | None,
     match: str | None,
+    components: bool,
     tags: Sequence[str],
     ab: bool,
     budget: str | None,
@@ -82,6 +84,8 @@ def run(
     loading and our overhead have taken so many seconds, or so much money. What was computed is stored: run it again to go on.
     Exit code 2 where loading the model alone would take it all: the same command would never get further.
     """
+    if components:
+        os.environ["EVALCACHE_COMPONENTS"] = "1"
     if ab and budget is not None:
         raise click.UsageError("--budget is not for --ab, which has to run everything")
     if ab:

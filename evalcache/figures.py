@@ -103,6 +103,7 @@ class Report(Frozen):
         uncacheable: reasons with requests and seconds. misses: causes likewise, with what had changed.
         expensive: the requests that took the most seconds, of those that were computed.
         currency: of the figures of money; None where nothing has a price, or prices are in several currencies, which have no sum.
+        components: rows whose forward began above the first layer, and the seconds that this spared; in no other figure.
         missing_prices: devices whose seconds have no price. prices: those that were used. grid: grams of CO₂e per kWh.
     """
 
@@ -120,6 +121,7 @@ class Report(Frozen):
     missing_watts: Sequence[str]
     prices: Sequence[Price]
     grid: float | None
+    components: tuple[int, float] = (0, 0.0)
 
     @property
     def boundaries(self) -> dict[str, str]:

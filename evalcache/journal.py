@@ -128,6 +128,26 @@ class Measured(Frozen):
     energy_joules: float | None = None
 
 
+class Resumed(Frozen):
+    """Forwards of a model that began above its first layer, since the last such event of this process.
+
+    Args:
+        model: manifest root. depth: after so many of its ``layers``. rows: of the batches.
+        seconds: what the layers below take, as last measured on ``device``, less what it took to read their states.
+        why: forwards that begin there were found not to be exact, or fail: what was seen; empty where all is well.
+    """
+
+    run: str
+    at: float
+    model: bytes
+    depth: int
+    layers: int
+    rows: int
+    seconds: float
+    device: str
+    why: str = ""
+
+
 class TaskSeen(Frozen):
     """A run evaluates a task. A task that the ledger knows in this version and with these settings is not written again.
 
@@ -196,7 +216,7 @@ OVERHEAD_KINDS = (
 )  # fmt: skip
 
 Event = (
-    RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | Removed | LookedUp | Overhead | Measured
+    RunStarted | RunEnded | ModelSeen | ModelLoaded | Stored | Removed | LookedUp | Overhead | Measured | Resumed
     | TaskSeen | DocumentsSeen | Scored
 )  # fmt: skip
 _EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}

@@ -200,6 +200,7 @@ class Result(Frozen):
         scalars: canonical named values (``sum``, ``is_greedy``, …).
         arrays: named tensors (scores, logits, generator states).
         cost: what computing it took; None where it was not measured.
+        made: how it was computed, in canonical values: recorded with its environment where it is stored, and not read back.
     """
 
     tokens: bytes = b""
@@ -209,6 +210,7 @@ class Result(Frozen):
     scalars: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, Array] = field(default_factory=dict)
     cost: Cost | None = None
+    made: Mapping[str, Any] | None = None
 
 
 class Entry(Frozen):

@@ -311,7 +311,29 @@ FROM (SELECT * FROM requests QUALIFY row_number() OVER (PARTITION BY key) = 1) r
 JOIN (SELECT * FROM outputs QUALIFY row_number() OVER (PARTITION BY key ORDER BY created_at DESC, run) = 1) o USING (key);
 """
 
-STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1 + VIEWS, _STEP_2)
+_STEP_3 = """
+CREATE TABLE resumptions ( -- Forwards that began above a model's first layer, by what another model had left there.
+    store VARCHAR, -- store of the event
+    seq BIGINT, -- number of the event
+    run VARCHAR, -- id of the run
+    resumed_at TIMESTAMP, -- when
+    model UUID, -- manifest root
+    depth INTEGER, -- after how many layers they began
+    layers INTEGER, -- how many there are
+    row_count BIGINT, -- rows of their batches
+    seconds DOUBLE, -- that the layers below take, as last measured on the device, less the reading of states
+    device VARCHAR, -- that computed the rest
+    why VARCHAR -- NULL where all was well, else what was seen that switched it off
+);
+
+-- What each run was spared below the first changed layer; part of no other figure. layers_share: of all layers, by rows.
+CREATE VIEW components_by_run AS
+SELECT run, sum(row_count)::BIGINT AS row_count, sum(seconds) AS seconds,
+    sum(row_count * depth / layers) / sum(row_count) AS layers_share
+FROM (SELECT DISTINCT ON (store, seq) * FROM resumptions) WHERE why IS NULL GROUP BY run;
+"""
+
+STEPS: tuple[str, ...] = (_TABLES_1 + _VIEWS_1 + VIEWS, _STEP_2, _STEP_3)
 """Step *n* is ``STEPS[n - 1]``. A step is never edited once released; a change is a new step."""
 
 VERSION = len(STEPS)

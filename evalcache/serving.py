@@ -14,7 +14,7 @@ from evalcache.digest import Digest
 from evalcache.errors import StoreError
 from evalcache.leases import Leases
 from evalcache.records import Action, Cost, Entry, Lookup, Result, Uncacheable
-from evalcache.structs import Frozen
+from evalcache.structs import Frozen, replace
 
 Made = tuple[Digest, Action, Result]
 """A computed entry that waits for its check."""
@@ -259,7 +259,11 @@ class Serving:
         self._flush_if_due()
         key = self._keys[position]
         self._results[key] = result
-        self._made.append((key, self._actions[position], result))
+        action = self._actions[position]
+        if result.made:
+            environment = action.environment
+            action = replace(action, environment=replace(environment, recorded={**environment.recorded, **result.made}))
+        self._made.append((key, action, result))
 
     def _flush_if_due(self) -> None:
         if time.monotonic() - self._handed_at > self._commit_s:

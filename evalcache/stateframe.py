@@ -7,7 +7,7 @@
 | 8–23 | **its own key** |
 | 24–31 | length of the header |
 | 32–39 | length of the whole |
-| 40–… | the header: name, dtype, shape and length of each tensor in canonical CBOR |
+| 40–… | the header in canonical CBOR: what is known of the making, then name, dtype, shape and length of each tensor |
 | …–… | the tensors' bytes, each from a multiple of 16 on |
 | last 16 | xxh3_128 over everything before |
 
@@ -25,7 +25,7 @@ from evalcache.canonical import decode, encode_canonical
 from evalcache.digest import SIZE_BYTES, Digest, Hasher, checksum
 from evalcache.errors import CanonicalError, FrameError
 from evalcache.records import Array
-from evalcache.structs import Frozen
+from evalcache.structs import Frozen, field
 
 STATE_VERSION = 1
 MAGIC = b"evcs"
@@ -38,9 +38,13 @@ _ALIGNMENT = 16  # as memory is allocated: so are tensors aligned that are views
 
 
 class State(Frozen):
-    """What enters a layer, for one row: tensors by name, whose ``data`` may be any bytes-like object."""
+    """What enters a layer, for one row: tensors by name, whose ``data`` may be any bytes-like object.
+
+    ``about``: who made it, in canonical values.
+    """
 
     tensors: Mapping[str, Array]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def size_bytes_of(state: State) -> int:
@@ -105,7 +109,10 @@ def decode_state(key: Digest, frame: bytes) -> State:
     at, end = HEAD_BYTES + header_bytes, len(frame) - SIZE_BYTES
     tensors: dict[str, Array] = {}
     try:
-        for name, dtype, shape, size_bytes in decode(frame[HEAD_BYTES:at]):
+        about, fields = decode(frame[HEAD_BYTES:at])
+        if not isinstance(about, dict):
+            raise TypeError("nothing is said about it")
+        for name, dtype, shape, size_bytes in fields:
             _check_fields(name, dtype, shape, size_bytes)
             if name in tensors:
                 raise ValueError("a name stands twice")
@@ -116,7 +123,7 @@ def decode_state(key: Digest, frame: bytes) -> State:
         raise _fault(key, f"the header is not one of tensors: {error}", "four fields each", header_bytes) from error
     if at + len(_padding(at)) != end:
         raise _fault(key, "the tensors do not fill the state", end, at)
-    return State(MappingProxyType(tensors))
+    return State(MappingProxyType(tensors), MappingProxyType(about))
 
 
 def _plan(state: State) -> tuple[bytes, int]:
@@ -124,7 +131,7 @@ def _plan(state: State) -> tuple[bytes, int]:
     fields = [[name, array.dtype, list(array.shape), _length(array)] for name, array in state.tensors.items()]
     for one in fields:
         _check_fields(*one)
-    header = encode_canonical(fields)
+    header = encode_canonical([dict(state.about), fields])
     whole = 0
     for length in (HEAD_BYTES + len(header), *(one[-1] for one in fields)):
         whole += length + len(_padding(length))

@@ -127,7 +127,7 @@ class States:
         kept = self.would_keep(size_bytes, seconds=seconds)
         if kept:
             # Whatever else shares the memory of a view could change it, or be kept alive by it.
-            owned = State(MappingProxyType({name: _owned(array) for name, array in state.tensors.items()}))
+            owned = State(MappingProxyType({name: _owned(array) for name, array in state.tensors.items()}), state.about)
             one = Held(size_bytes, _microseconds(seconds), owned)
             with undivided(), no_fork():
                 kept = self._hold(key, one) or self._write(key, one)

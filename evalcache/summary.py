@@ -20,6 +20,17 @@ class Counts(Protocol):
     credited_seconds: float
     overhead: Mapping[str, float]
     models: Mapping[str, Digest]
+    components: Components
+
+
+class Components(Protocol):
+    """What forwards that began above the first layer spared."""
+
+    resumed: int
+    whole: int
+    spared_seconds: float
+    declined: int
+    refused: Mapping[str, int]
 
 
 def calls_seen(counts: Counts) -> int:
@@ -54,6 +65,7 @@ def format_summary(
         f"saved {format_seconds(counts.credited_seconds - overhead_s)} "
         f"(measured when first computed; {format_seconds(overhead_s)} overhead subtracted)",
     ]
+    parts += _said_components(counts.components)
     if counts.misses and not counts.hits and why:
         parts.append(f"no hits: {'; '.join(why)}")
     digests = list(dict.fromkeys(counts.models.values()))
@@ -66,6 +78,18 @@ def format_summary(
     parts.append(f"ledger {ledger}")
     rank = f" (rank 0 of {ranks}; `evalcache stats --run last` adds all up)" if ranks > 1 else ""
     return f"evalcache{rank}: {'; '.join(parts)}"
+
+
+def _said_components(told: Components) -> list[str]:
+    """What was decided about layers that are the same in another model, and why; nothing where that is switched off."""
+    if not (told.resumed or told.whole or told.refused):
+        return []
+    said = f"{format_seconds(told.spared_seconds)} spared in {told.resumed:,} of {told.resumed + told.whole:,} rows that ran"
+    if told.declined:
+        said += f", {_number(told.declined, 'batch', 'batches')} whole because that is quicker"
+    if told.refused:
+        said += f", not used: {'; '.join(told.refused)}"
+    return [f"layers below the first changed one: {said}"]
 
 
 def format_reasons(uncacheable: Mapping[str, int]) -> str:

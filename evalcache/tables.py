@@ -24,6 +24,7 @@ from evalcache.journal import (
     ModelLoaded,
     ModelSeen,
     Overhead,
+    Resumed,
     RunEnded,
     RunStarted,
     Scored,
@@ -68,6 +69,8 @@ def event_rows(store: str, seq: int, event: Event) -> dict[str, list[Row]]:
             return {"overheads": [(store, seq, run, at, kind, spent) for kind, spent in seconds.items()]}
         case Measured(run, at, device, count, peak, joules):
             return {"measurements": [(store, seq, run, at, device, count, peak, joules)]}
+        case Resumed(run, at, model, depth, layers, rows, seconds, device, why):
+            return {"resumptions": [(store, seq, run, at, model.hex(), depth, layers, rows, seconds, device, why or None)]}
         case LookedUp():
             return {"lookups": _lookup_rows(store, seq, event)}
         case TaskSeen(_, client, task, version, settings):

@@ -20,8 +20,8 @@ from evalcache.key import KEY_VERSION
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = (
-    "Install", "Sixty seconds", "How the key is made", "Clients", "Audit", "Looking after a cache", "Command line",
-    "What we promise, and how it is tested", "Measured", "Limits", "Key-format history",
+    "Install", "Sixty seconds", "How the key is made", "Clients", "Layers in common", "Audit", "Looking after a cache",
+    "Command line", "What we promise, and how it is tested", "Measured", "Limits", "Key-format history",
 )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evalcache
+from evalcache.audit import audit
 from evalcache.cache import Cache
 from evalcache.errors import EvalCacheWarning
 from evalcache.integrations.reuse import Reuse
 from evalcache.integrations.scoring import Scoring, score_rows
+from evalcache.ledger import Ledger
 from evalcache.records import Result
 from evalcache.states import State
 from evalcache.structs import replace
+from evalcache.summary import format_summary
 
 LAYERS = 4
 
@@ -151,6 +157,31 @@ def test_other_rows_and_other_batches(tmp_path: Path) -> None:
             assert mine[1]["sum"] == pytest.approx(wanted[1]["sum"], abs=1e-5)
     assert (resumed, whole) == (0, len(more)), "a batch in which a row has no state runs whole"
     cache.close()
+
+
+def test_how_an_answer_was_computed_is_kept_with_it_and_told(tmp_path: Path) -> None:
+    model, cache = llama(), cache_in(tmp_path / "cache", run="1" * 32)
+    ask(cache, model)
+    cache.close()
+    with edited(model.lm_head.weight):
+        cache = cache_in(tmp_path / "cache", run="2" * 32)
+        ask(cache, model)
+        cache.close()
+    said = format_summary(cache.counts, "the ledger")
+    assert re.search(r"layers below the first changed one: \d\.\d\d s spared in 12 of 12 rows that ran;", said), said
+    ledger = Ledger(tmp_path / "cache" / "ledger.duckdb")
+    told = ledger.query(
+        "SELECT run, recorded->>'resumed_at', recorded->>'parent', count(*) FROM outputs GROUP BY ALL ORDER BY run"
+    )
+    assert told.rows == [("1" * 32, None, None, 12), ("2" * 32, str(LAYERS), "1" * 32, 12)]
+    ((run, count, seconds, share),) = ledger.query("SELECT * FROM components_by_run").rows
+    assert (run, count, share) == ("2" * 32, 12, 1.0)
+    assert seconds == pytest.approx(cache.counts.components.spared_seconds) and seconds > 0
+    assert audit(ledger).components == (12, seconds)
+    done = subprocess.run(
+        [sys.executable, "-m", "evalcache", "audit", "--dir", str(tmp_path / "cache")], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"components +\d\.\d\d s spared below the first changed layer, for 12 rows", done.stdout)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3", "bamba"])

@@ -22,7 +22,8 @@ STATE = State(
         "hidden": Array("bfloat16", (1, 3, 5), bytes(range(30))),
         "mask": Array("bool", (), b"\x01"),
         "none": Array("float32", (2, 0), b""),
-    }
+    },
+    {"run": "one", "seconds": 0.5},
 )
 
 
@@ -35,7 +36,7 @@ FRAME = frame_of(KEY, STATE)
 
 def forge(header: Any, data: bytes = b"", *, magic: bytes = MAGIC, version: int = 1, short_bytes: int = 0) -> bytes:
     """A frame with a good checksum over whatever it says."""
-    packed = header if type(header) is bytes else encode_canonical(header)
+    packed = header if type(header) is bytes else encode_canonical([{}, header])
     body = packed + bytes(-(HEAD_BYTES + len(packed)) % 16) + data
     whole_bytes = HEAD_BYTES + len(body) + 16
     body = struct.pack("<4sI16sQQ", magic, version, KEY, len(packed), whole_bytes - short_bytes) + body
@@ -112,6 +113,8 @@ def test_the_forger_can_forge() -> None:
         forge(7),
         forge(b""),
         forge(b"\xff\xff"),
+        forge(encode_canonical([[], []])),
+        forge(encode_canonical([{}])),
         forge(b"\x9b\x10" + bytes(7)),  # a list of 2**60
         forge(b"\x5b\x10" + bytes(7)),  # 2**60 bytes
         forge(b"\x81" * 5000),
@@ -157,7 +160,8 @@ def test_the_format_stays_readable() -> None:
 
 
 GOLDEN = (
-    "6576637301000000a4bdf4e564564cf8bbea0d63a05165e33700000000000000a00000000000000083846668696464656e6862666c6f6174313683010305"
-    "181e84646d61736b64626f6f6c800184646e6f6e6567666c6f617433328202000000000102030405060708090a0b0c0d0e0f101112131415161718191a1b"
-    "1c1d0000010000000000000000000000000000006e660b42e7ccdb5aa6f89cf9a1095167"
+    "6576637301000000a4bdf4e564564cf8bbea0d63a05165e34c00000000000000c00000000000000082a26372756e636f6e65677365636f6e6473f938"
+    "0083846668696464656e6862666c6f6174313683010305181e84646d61736b64626f6f6c800184646e6f6e6567666c6f617433328202000000000000"
+    "0000000000000000000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d00000100000000000000000000000000000056b0d4c8"
+    "8f4f456eebeebe6926bdb07d"
 )

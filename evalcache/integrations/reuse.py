@@ -12,6 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +23,13 @@ from evalcache.canonical import decode, digest_canonical, encode_canonical
 from evalcache.code import version_of
 from evalcache.components import Stack, chain, made_of, shared_depth
 from evalcache.digest import Digest
+from evalcache.environment import device_name
 from evalcache.errors import CanonicalError, StoreError, UncacheableError
 from evalcache.integrations.pace import Pace
 from evalcache.integrations.probe import batch_dependent
 from evalcache.integrations.rowstates import are_close, join_rows, same_bits, split_row, tensors_in
 from evalcache.integrations.stacks import Boundary, capturing, find_stack, layers_of, resuming
+from evalcache.journal import Resumed
 from evalcache.manifest import Manifest
 from evalcache.records import Environment, pack_tokens
 from evalcache.states import State, States
@@ -108,7 +111,7 @@ class Reuse:
         digests = chain(manifest, kind.stack)
         self._meet(manifest.root, digests)
         base = digest_canonical([_FORMAT, version_of("llm-evalcache") or "", environment.keyed.digest.value, reads])
-        return Reused(self, kind, layers, digests, base, manifest.root, watch, forward)
+        return Reused(self, kind, layers, digests, base, manifest.root, watch, forward, next(model.parameters()).device.type)
 
     def _meet(self, root: Digest, digests: tuple[Digest, ...]) -> None:
         """Remember a model's chain, for this process and for others, and those of the models that begin as it does."""
@@ -159,7 +162,8 @@ _within: weakref.WeakKeyDictionary[Cache, Reuse] = weakref.WeakKeyDictionary()
 class Reused(Struct):
     """Forwards of one model, in the place of the bare one; see `Reuse.of`.
 
-    ``depth``: after how many layers the next forward begins, or the last one began; 0 where it runs whole.
+    ``depth``: after how many layers the next forward begins, or the last one began; 0 where it runs whole. ``made``: what the
+    last one has to say of how each row was computed, for `Result.made`.
     """
 
     reuse: Reuse
@@ -170,13 +174,16 @@ class Reused(Struct):
     root: Digest
     watch: Watch
     forward: Forward
+    device: str
     depth: int = 0
+    made: list[dict[str, Any] | None] = field(default_factory=list)
     _rows: list[Digest] = field(default_factory=list)
 
     def prepare(self, batch: Sequence[tuple[int, ...]], ids: torch.Tensor, mask: torch.Tensor) -> None:
         """Decide where the forward of a batch begins: at the deepest state that all its rows have, where that pays."""
         self._rows = [digest_canonical([pack_tokens(one), int(ids.shape[1])]) for one in batch]
         self.depth = 0
+        self.made = [None] * len(self._rows)
         depth = 0 if self.kind.off else self._deepest()
         if not depth or (depth not in self.kind.proved and not self._proves(depth, ids, mask)):
             return
@@ -219,9 +226,13 @@ class Reused(Struct):
         self.reuse.took(sum(len(array.data) for state in found for array in state.tensors.values()), took_s)
         with resuming(self.layers, self.depth, boundary):
             yield
-        counts = self.reuse.cache.counts.components
-        counts.resumed += len(self._rows)
-        counts.spared_seconds += self.kind.pace.up_to(self.depth, ids.numel()) - took_s
+        device = device_name(self.device)
+        measured = [state.about["seconds"] for state in found if state.about["device"] == device]
+        here_s = self.kind.pace.up_to(self.depth, ids.numel())
+        # As their batch took it; where that was on another device, as the last whole forward took it on this one.
+        spared_s = (sum(measured) if len(measured) == len(found) else here_s) - took_s
+        self.made = [{"resumed_at": self.depth, "parent": state.about["run"]} for state in found]
+        self._tell(len(found), spared_s)
 
     def _read(self, depth: int, rows: Sequence[Digest]) -> list[State] | None:
         found = [state for row in rows if (state := self.reuse.states.get(self._key(depth, row))) is not None]
@@ -250,9 +261,17 @@ class Reused(Struct):
                 self.kind.proved.add(depth)
         return depth in self.kind.proved
 
+    def _tell(self, rows: int, spared_s: float, why: str = "") -> None:
+        cache = self.reuse.cache
+        cache.counts.components.resumed += rows
+        cache.counts.components.spared_seconds += spared_s
+        where = (self.root.value, self.depth, len(self.layers))
+        cache.note(Resumed(cache.run_id, time.time(), *where, rows, spared_s, device_name(self.device), why))
+
     def _switch_off(self, why: str) -> None:
         self.kind.off = why
         self.reuse.cache.counts.components.refused[why] += 1
+        self._tell(0, 0.0, why)
         self.reuse.cache.warn(f"reuse below the first changed module is off for this model: {why}")
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -274,7 +293,8 @@ class Reused(Struct):
                 self._switch_off(f"what leaves layer {depth} is not a row's own")
                 return logits
             spared_s = self.kind.pace.up_to(depth, ids.numel()) / len(self._rows)
-            made += [(key, split_row(tensors, place), spared_s) for place, key in new]
+            about = {"run": self.reuse.cache.run_id, "seconds": spared_s, "device": device_name(self.device)}
+            made += [(key, split_row(tensors, place, about), spared_s) for place, key in new]
         if made:
             # As with answers: they count from the check on that finds the model unchanged.
             self.watch.put(Batch(self.root, [], time.monotonic(), lambda: self._keep(made)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,15 @@ def tensors_in(boundary: Boundary) -> list[torch.Tensor]:
     return [leaf for leaf in boundary.leaves() if isinstance(leaf, torch.Tensor)]
 
 
-def split_row(tensors: Sequence[torch.Tensor], row: int) -> State:
+def split_row(tensors: Sequence[torch.Tensor], row: int, about: Mapping[str, Any]) -> State:
     """One row's state. Cost: a copy of it into host memory."""
     found = {}
     for place, tensor in enumerate(tensors):
-        mine = tensor[row].to("cpu", copy=True).contiguous()
+        mine = tensor[row].detach().cpu().contiguous()
         found[str(place)] = Array(
             dtype_name(tensor.dtype), tuple(mine.shape), memoryview(mine.reshape(-1).view(torch.uint8).numpy())
         )
-    return State(found)
+    return State(found, about)
 
 
 def join_rows(outline: Boundary, states: Sequence[State]) -> Boundary:

@@ -385,7 +385,8 @@ def _score_batch(scorer: _Scorer, batch: Sequence[tuple[int, ...]], places: Sequ
         logprobs, cost = found[start:end], costs[row]
         mine = type(cost)(cost.seconds / len(places[row]), cost.prompt_tokens, len(tail), cost.device, len(batch))
         scalars = {"sum": float(sum(logprobs)), "is_greedy": all(greedy[start:end]), "dtype": dtype_name(steps.dtype)}
-        results.append((place, Result(logprobs=pack_logprobs(logprobs), scalars=scalars, cost=mine)))
+        made = None if scorer.reused is None else scorer.reused.made[row]
+        results.append((place, Result(logprobs=pack_logprobs(logprobs), scalars=scalars, cost=mine, made=made)))
         start = end
     return results
 
