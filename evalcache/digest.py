@@ -83,6 +83,11 @@ def digest_bytes(data: Buffer) -> Digest:
     return Digest(xxhash.xxh3_128_digest(data))
 
 
+def digest_near(place: bytes, data: Buffer) -> Digest:
+    """Digest of one buffer that begins with ``place`` and not with bytes of its own: in order, such digests lie together."""
+    return Digest(place + xxhash.xxh3_128_digest(data)[len(place) :])
+
+
 def checksum(data: Buffer) -> bytes:
     """The 16 raw bytes used as a frame's checksum."""
     return xxhash.xxh3_128_digest(data)

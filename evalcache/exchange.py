@@ -36,7 +36,7 @@ import filelock
 from evalcache.digest import SIZE_BYTES, Digest, Hasher, digest_bytes
 from evalcache.errors import CanonicalError, ExchangeError, FrameError
 from evalcache.frame import Question, decode_entry, decode_question
-from evalcache.key import key_of_question
+from evalcache.key import KEY_VERSION, elder_keys_of_question, key_of_question
 from evalcache.manifest import Manifest
 from evalcache.records import Entry, Taken
 from evalcache.rows import ROW_LIMIT_BYTES
@@ -330,9 +330,17 @@ def _check_entry(path: Path, key: Any, frame: Any) -> None:
         raise _fault(path, f"{key!r} is no key")
     try:
         decode_entry(Digest(key), frame)
-        asked = key_of_question(decode_question(Digest(key), frame))
+        question = decode_question(Digest(key), frame)
+        asked = key_of_question(question)
+        elder = elder_keys_of_question(question) if asked != key else []
     except (FrameError, CanonicalError) as error:
         raise _fault(path, str(error)) from error
+    if key in elder:
+        raise ExchangeError(
+            f"{path} was written when keys had another form (KEY_VERSION is {KEY_VERSION} now): nothing of it would be served",
+            hint="nothing of it was taken; export it from a store that has computed it anew",
+            path=str(path),
+        )
     if asked != key:
         raise _fault(path, f"{Digest(key)} stands for what has the key {asked}")
 

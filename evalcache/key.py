@@ -1,6 +1,7 @@
 """Action → Key: the one list of what is keyed and why, and the version of the key.
 
-A key is the xxh3_128 of this canonical array, and of nothing else:
+A key is the xxh3_128 of this canonical array, and of nothing else; its first two bytes are those of the manifest root, so that
+the entries of one model, which are asked for together, lie together in a store of many millions:
 
 | place | field | why |
 |---|---|---|
@@ -21,13 +22,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evalcache.canonical import check_canonical, encode_bytes, encode_canonical, encode_trusted
-from evalcache.digest import Digest, digest_bytes
+from evalcache.digest import Digest, digest_bytes, digest_near
 from evalcache.frame import Question
 from evalcache.records import Action, Actions, Environment, Fields
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Raised whenever the meaning of a key changes; old entries then stay in the store and are never served. History: README."""
 
+_PLACE_BYTES = 2  # of a key, which leaves 112 bits of its own
 _ARRAY_OF_8 = b"\x88"
 _NO_INPUTS = encode_canonical({})
 _NAMES = {"continuation": encode_canonical({"continuation": b""})[:-1]}  # inputs that are asked for by the hundred thousand
@@ -46,7 +48,7 @@ def encode_action(action: Action) -> bytes:
 
 def key_of(action: Action) -> Digest:
     """The Key of an Action."""
-    return digest_bytes(encode_action(action))
+    return digest_near(_place(action.model), encode_action(action))
 
 
 def key_of_question(question: Question) -> Digest:
@@ -56,7 +58,14 @@ def key_of_question(question: Question) -> Digest:
         CanonicalError: as `encode_action`.
     """
     digests = (question.model, question.settings, question.environment)
-    return digest_bytes(_encode_six(question.kind, *digests) + encode_bytes(question.tokens) + _encode_inputs(question.inputs))
+    encoded = _encode_six(question.kind, *digests) + encode_bytes(question.tokens) + _encode_inputs(question.inputs)
+    return digest_near(_place(question.model), encoded)
+
+
+def elder_keys_of_question(question: Question) -> list[Digest]:
+    """What `key_of_question` said under elder versions, the latest first. Raises as it does."""
+    first = _encode_six(question.kind, question.model, question.settings, question.environment, version=1)
+    return [digest_bytes(first + encode_bytes(question.tokens) + _encode_inputs(question.inputs))]
 
 
 def keys_of(actions: Sequence[Action]) -> list[Digest]:
@@ -68,17 +77,21 @@ def keys_of(actions: Sequence[Action]) -> list[Digest]:
     if not isinstance(actions, Actions):
         return [key_of(action) for action in actions]
     head = _encode_head(actions.kind, actions.model, actions.settings, actions.environment)
-    rows = zip(actions.tokens, actions.inputs, strict=True)
-    return [digest_bytes(head + encode_bytes(tokens) + _encode_inputs(inputs)) for tokens, inputs in rows]
+    place, rows = _place(actions.model), zip(actions.tokens, actions.inputs, strict=True)
+    return [digest_near(place, head + encode_bytes(tokens) + _encode_inputs(inputs)) for tokens, inputs in rows]
+
+
+def _place(model: Digest) -> bytes:
+    return model.value[:_PLACE_BYTES]
 
 
 def _encode_head(kind: str, model: Digest, settings: Fields, environment: Environment) -> bytes:
     return _encode_six(kind, model, settings.digest, environment.keyed.digest)
 
 
-def _encode_six(kind: str, model: Digest, settings: Digest, environment: Digest) -> bytes:
+def _encode_six(kind: str, model: Digest, settings: Digest, environment: Digest, *, version: int = KEY_VERSION) -> bytes:
     """The array of eight without its last two."""
-    return _ARRAY_OF_8 + encode_trusted(["evalcache", KEY_VERSION, kind, model.value, settings.value, environment.value])[1:]
+    return _ARRAY_OF_8 + encode_trusted(["evalcache", version, kind, model.value, settings.value, environment.value])[1:]
 
 
 def _encode_inputs(inputs: Mapping[str, Any]) -> bytes:

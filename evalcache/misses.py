@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from evalcache.differences import compare_fields, find_nearest_model, read_fields, read_manifest, say_differences
+from evalcache.key import KEY_VERSION
 from evalcache.ledger import Ask, Ledger
 from evalcache.manifest import Manifest
 from evalcache.names import find_run
 from evalcache.schema import quoted
 
+_OTHER_KEYS = f"keys have another form now: KEY_VERSION is {KEY_VERSION}"
 _MOST_TOKENS = 24  # of a prompt, side by side
 
 
@@ -235,7 +237,7 @@ def _change(ask: Ask, cause: str, key: str | None, nearest: str | None) -> str:
     for name, left, right in (("settings", one[1], other[1]), ("environment", one[2], other[2])):
         if left != right:
             said.append(f"{name}: {_differences(ask, left, right)}")
-    return "; ".join(said)
+    return "; ".join(said) or _OTHER_KEYS
 
 
 def _side_by_side(ask: Ask, left: str | None, right: str | None) -> list[dict[str, Any]]:
@@ -317,10 +319,15 @@ def _compare_requests(ask: Ask, run: str, model: str) -> list[str]:
     said = []
     past = "(SELECT * FROM earlier WHERE model = ?)"
     same_prompt = "e.kind = m.kind AND e.prompt_token_ids = m.prompt_token_ids AND e.inputs::VARCHAR = m.inputs::VARCHAR"
+    gone = ask("SELECT count(*) FROM mine SEMI JOIN earlier USING (key)").rows[0][0]
+    if gone:
+        said.append(f"stored before, and not in the store any more{_share(gone, total)}")
+    ask("CREATE OR REPLACE TEMP TABLE mine AS SELECT * FROM mine ANTI JOIN earlier USING (key)")
     again = ask(f"SELECT count(DISTINCT m.key) FROM mine m JOIN {past} e ON e.request = m.request", [model]).rows[0][0]
     if again:
         changes = _commonest(ask, "environment", "e.request = m.request", model)
-        said.append(f"another environment: {changes}{_share(again, total)}")
+        what = f"another environment: {changes}" if changes else _OTHER_KEYS
+        said.append(f"{what}{_share(again, total)}")
     # The request is the same apart from its settings.
     other = f"{same_prompt} AND m.request NOT IN (SELECT request FROM {past})"
     reset = ask(f"SELECT count(DISTINCT m.key) FROM mine m JOIN {past} e ON {other}", [model, model]).rows[0][0]
@@ -330,7 +337,7 @@ def _compare_requests(ask: Ask, run: str, model: str) -> list[str]:
         environment = _commonest(ask, "environment", other, model, model)
         if environment and not again:
             said.append(f"another environment: {environment}")
-    if again + reset < total:
+    if gone + again + reset < total:
         said.append(f"new prompts{_share(total - again - reset, total)}")
     return said
 

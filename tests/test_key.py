@@ -1,4 +1,4 @@
-"""Keys: literal ones that may never change under KEY_VERSION 1 (add cases, never edit one), and the laws of an Action's bytes."""
+"""Keys: literal ones that may never change under a KEY_VERSION (add cases, never edit one), and the laws of an Action's bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evalcache.canonical import decode, encode_canonical
-from evalcache.digest import Digest
+from evalcache.digest import Digest, digest_bytes
 from evalcache.errors import CanonicalError
 from evalcache.key import KEY_VERSION, encode_action, key_of, keys_of
 from evalcache.records import Action, Actions, Environment, Fields, Request, pack_tokens
@@ -30,7 +30,7 @@ ACTIONS = {
     "nested input": Action(ROOT, Request("generate", b"", GREEDY, {"position_ids": ["torch.int64", [3], b"\0" * 16]}), HOST),
     "bfloat16": Action(ROOT, Request("generate", pack_tokens([5]), GREEDY), Environment(Fields({"dtype": "bfloat16"}))),
 }
-KEYS = {
+KEYS_1 = {
     "empty": "xxh3_128:8856ac5300cefff5779d4b5f8a4801a6",
     "greedy": "xxh3_128:87af4f38d40baa94ccf32d2719d9fde5",
     "other kind": "xxh3_128:7fb8b6349b178440855e1314a17407c8",
@@ -43,11 +43,32 @@ KEYS = {
     "bfloat16": "xxh3_128:f15a5517411550a3434a0619f1057f33",
 }
 
+KEYS_2 = {
+    "empty": "xxh3_128:00001ff135b4972becb26406e367942c",
+    "greedy": "xxh3_128:0001e3e58846c5bf2941397575a2f55f",
+    "other kind": "xxh3_128:0001d903167cf8c9f4c211b3b5d6f0fd",
+    "other model": "xxh3_128:0102d2d872696de59af7e15e7d5c77a1",
+    "other tokens": "xxh3_128:00018d7aea8dfd89e1e966d3a5401d9d",
+    "masked": "xxh3_128:0001e1ba156a00f60c9b16bfd7924659",
+    "float setting": "xxh3_128:00016357192a14b9b7ac821697c5999f",
+    "integer setting": "xxh3_128:0001a787452d894adc9a08b6f90fcf59",
+    "nested input": "xxh3_128:0001096240c3d824b63c0bd49202194b",
+    "bfloat16": "xxh3_128:0001e96b7714435abfa0be4e002028b4",
+}
+
 
 @pytest.mark.parametrize("name", ACTIONS)
 def test_a_key_never_changes(name: str) -> None:
-    assert KEY_VERSION == 1
-    assert str(key_of(ACTIONS[name])) == KEYS[name]
+    assert KEY_VERSION == 2
+    assert str(key_of(ACTIONS[name])) == KEYS_2[name]
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_version_2_changed_the_first_bytes_and_nothing_else(name: str) -> None:
+    action = ACTIONS[name]
+    assert key_of(action) == action.model[:2] + digest_bytes(encode_action(action))[2:]
+    ours, _, *rest = decode(encode_action(action))
+    assert str(digest_bytes(encode_canonical([ours, 1, *rest]))) == KEYS_1[name]
 
 
 def test_no_two_actions_share_a_key() -> None:
@@ -58,7 +79,7 @@ def test_an_action_s_bytes_are_one_array_of_eight_places() -> None:
     action = ACTIONS["masked"]
     assert decode(encode_action(action)) == [
         "evalcache",
-        1,
+        2,
         "generate",
         ROOT.value,
         GREEDY.digest.value,

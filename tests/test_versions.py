@@ -27,13 +27,14 @@ from test_frame import reseal
 from evalcache.cache import Cache
 from evalcache.canonical import encode_canonical
 from evalcache.digest import Digest
-from evalcache.errors import EvalCacheWarning, NewerEventError
+from evalcache.errors import EvalCacheWarning, ExchangeError, NewerEventError
 from evalcache.exchange import export_entries, import_entries
 from evalcache.frame import FRAME_VERSION, seal
 from evalcache.journal import Event
 from evalcache.key import KEY_VERSION, key_of
 from evalcache.manifest import Manifest
 from evalcache.mending import verify_folder
+from evalcache.misses import explain_misses
 from evalcache.records import Action, Environment, Fields, Request, Result
 from evalcache.store import Store
 from evalcache.watch import Watch
@@ -82,11 +83,29 @@ def test_there_is_one_of_this_version() -> None:
     assert FRAME_VERSION in [one["frame"] for one in versions], "make one with stores/make.py"
 
 
+def assert_said_to_have_other_keys(kept: Path, actions: list[Action]) -> None:
+    """Its entries stay, and are never served; whoever asks why is told."""
+    store, ledger = open_pair(kept)
+    ledger.sync(store)
+    before = store.stats().entries
+    cache = Cache(kept, run="f" * 32)
+    manifest = Manifest.from_bytes(cache.store.get_object(f"model/{actions[0].model.hex}"))
+    watch = cache.watch(Watch(lambda: manifest, "kept"))
+    cache.open(watch)
+    mine = [action for action in actions if action.model == manifest.root]
+    cache.serve(watch, mine, lambda missing: [(place, make_result()) for place in missing])
+    cache.close()
+    assert cache.counts.hits == 0 and cache.counts.misses == len(mine)
+    assert store.stats().entries == before + len(mine)
+    assert explain_misses(ledger, "f" * 32) == [f"keys have another form now: KEY_VERSION is {KEY_VERSION}"]
+
+
 def test_it_hits(kept: Path) -> None:
     told = asked_in(kept)
-    if told["versions"]["key"] != KEY_VERSION:
-        pytest.skip(f"of KEY_VERSION {told['versions']['key']}: its entries stay, and are never served")
     actions = {key: action_of(one) for key, one in told["entries"].items()}
+    if told["versions"]["key"] != KEY_VERSION:
+        assert_said_to_have_other_keys(kept, list(actions.values()))
+        return
     assert len(actions) >= 9 and len({action.request.kind for action in actions.values()}) >= 3
     for key, action in actions.items():
         assert key_of(action).hex == key, OLD.format("hit", "KEY_VERSION")
@@ -122,6 +141,11 @@ def test_its_ledger_and_its_journal_are_read(kept: Path) -> None:
 def test_its_export_is_taken(kept: Path, tmp_path: Path) -> None:
     told = asked_in(kept)
     with Store(tmp_path / "new") as store:
+        if told["versions"]["key"] != KEY_VERSION:
+            with pytest.raises(ExchangeError, match=f"KEY_VERSION is {KEY_VERSION} now"):
+                import_entries(store, kept / "entries.export")
+            assert store.stats().entries == 0
+            return
         assert import_entries(store, kept / "entries.export").new == len(told["entries"])
         for key, one in told["entries"].items():
             assert same_answer(store.get(Digest(bytes.fromhex(key))).result, one["result"])
