@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evalcache.integrations.stacks import of_this_thread
 from evalcache.structs import Struct, field
 
 
@@ -31,7 +32,7 @@ class Pace(Struct):
         """Measure the whole forward inside the block. Cost: a microsecond a layer; on a GPU the block ends when its work does."""
         marks: list[Any] = []
         mark = _marker(ids.device)
-        hooks = [layer.register_forward_hook(lambda *_: marks.append(mark())) for layer in layers]
+        hooks = [layer.register_forward_hook(of_this_thread(lambda *_: marks.append(mark()))) for layer in layers]
         try:
             marks.append(mark())
             yield

@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,6 +44,10 @@ _RELATIVES = 1000  # chains that are read of a family of models
 _OUTLINE_TOKENS = 10
 _LIMITS = {"MEMORY": "1GB", "DISK": "16GB"}
 _READ_BYTES_S = 2e9  # how fast states are taken to be read, until that has been measured
+
+_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # of a model that is called otherwise
+
+_Made = list[tuple[Digest, State, float]]  # states with their keys, and the seconds that each spares
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(ids, mask) → logits; each ``(rows, width)``, on the model's device."""
@@ -197,11 +201,18 @@ class Reused(Struct):
         if self.depth:
             try:
                 with self._resumed(ids):
-                    return self._run(ids, mask)
-            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+                    logits, made = self._run(ids, mask)
+                return self._left(logits, made)
+            except _FAILURES as error:
                 self._switch_off(f"a forward that begins after layer {self.depth} fails: {type(error).__name__}: {error}")
             self.depth = 0
-        return self._run(ids, mask)
+        return self._left(*self._run(ids, mask))
+
+    def _left(self, logits: torch.Tensor, made: _Made) -> torch.Tensor:
+        """Let the states that a forward has left wait: as with answers, they count once a check finds the model unchanged."""
+        if made:
+            self.watch.put(Batch(self.root, [], time.monotonic(), lambda: self._keep(made)))
+        return logits
 
     def _key(self, depth: int, row: Digest) -> Digest:
         return digest_canonical([self.base.value, self.digests[depth].value, row.value])
@@ -251,15 +262,18 @@ class Reused(Struct):
         with self.reuse.cache.counts.taking("probe"):
             with self._measuring(few, first=True), capturing(self.layers, [depth]) as kept:
                 whole = self.forward(few, some)
-            with resuming(self.layers, depth, kept[depth]):
-                resumed = self.forward(few, some)
+            self.forward(few.roll(1, dims=1), some)  # so that nothing which the first one left behind can help
+            try:
+                with resuming(self.layers, depth, kept[depth]):
+                    resumed = self.forward(few, some)
+            except _FAILURES as error:
+                return self._switch_off(f"a forward that begins after layer {depth} fails: {type(error).__name__}: {error}")
             if not same_bits(whole, resumed):
-                self._switch_off(f"a forward that begins after layer {depth} does not equal the whole one")
-            elif not are_close(join_rows(self.kind.outline[depth], stored), kept[depth]):
-                self._switch_off(f"a stored state after layer {depth} is not the one that is computed")
-            else:
-                self.kind.proved.add(depth)
-        return depth in self.kind.proved
+                return self._switch_off(f"a forward that begins after layer {depth} does not equal the whole one")
+            if not are_close(join_rows(self.kind.outline[depth], stored), kept[depth]):
+                return self._switch_off(f"a stored state after layer {depth} is not the one that is computed")
+        self.kind.proved.add(depth)
+        return True
 
     def _tell(self, rows: int, spared_s: float, why: str = "") -> None:
         cache = self.reuse.cache
@@ -268,14 +282,16 @@ class Reused(Struct):
         where = (self.root.value, self.depth, len(self.layers))
         cache.note(Resumed(cache.run_id, time.time(), *where, rows, spared_s, device_name(self.device), why))
 
-    def _switch_off(self, why: str) -> None:
+    def _switch_off(self, why: str) -> Literal[False]:
+        """No forward of this kind of model begins above its first layer any more."""
         self.kind.off = why
         self.reuse.cache.counts.components.refused[why] += 1
         self._tell(0, 0.0, why)
         self.reuse.cache.warn(f"reuse below the first changed module is off for this model: {why}")
+        return False
 
-    def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits of a forward, which leaves the states that are wanted above where it begins."""
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, _Made]:
+        """Logits of a forward, and the states that are wanted above where it begins."""
         states = self.reuse.states
         absent: dict[int, list[tuple[int, Digest]]] = {}
         for depth in [] if self.kind.off else self.reuse.depths(self.root):
@@ -286,21 +302,18 @@ class Reused(Struct):
             logits = self.forward(ids, mask)
         if not self.depth:
             self.reuse.cache.counts.components.whole += len(self._rows)
-        made: list[tuple[Digest, State, float]] = []
-        for depth, new in absent.items():
-            tensors = tensors_in(kept[depth])
+        made: _Made = []
+        for depth, boundary in kept.items():
+            tensors = tensors_in(boundary)
             if any(tensor.shape[:1] != ids.shape[:1] for tensor in tensors):
                 self._switch_off(f"what leaves layer {depth} is not a row's own")
-                return logits
+                return logits, []
             spared_s = self.kind.pace.up_to(depth, ids.numel()) / len(self._rows)
             about = {"run": self.reuse.cache.run_id, "seconds": spared_s, "device": device_name(self.device)}
-            made += [(key, split_row(tensors, place, about), spared_s) for place, key in new]
-        if made:
-            # As with answers: they count from the check on that finds the model unchanged.
-            self.watch.put(Batch(self.root, [], time.monotonic(), lambda: self._keep(made)))
-        return logits
+            made += [(key, split_row(tensors, place, about), spared_s) for place, key in absent[depth]]
+        return logits, made
 
-    def _keep(self, made: Sequence[tuple[Digest, State, float]]) -> None:
+    def _keep(self, made: _Made) -> None:
         for key, state, spared_s in made:
             self.reuse.states.put(key, state, seconds=spared_s)
 

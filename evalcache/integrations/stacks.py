@@ -8,6 +8,7 @@ invisible to the fingerprint, and gone after the call, also after one that raise
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,11 +99,11 @@ class _Trace(TorchDispatchMode):
 
     def __enter__(self) -> _Trace:
         for module in self._model.modules():
-            self._hooks.append(module.register_forward_pre_hook(self._before))
+            self._hooks.append(module.register_forward_pre_hook(of_this_thread(self._before)))
         for path, layers in self._candidates.items():
             for number, layer in enumerate(layers):
-                self._hooks.append(layer.register_forward_pre_hook(self._counting(path, number)))
-                self._hooks.append(layer.register_forward_hook(self._ending(path)))
+                self._hooks.append(layer.register_forward_pre_hook(of_this_thread(self._counting(path, number))))
+                self._hooks.append(layer.register_forward_hook(of_this_thread(self._ending(path))))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -161,17 +162,24 @@ def _storage(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def capturing(layers: Sequence[nn.Module], depths: Sequence[int]) -> Iterator[dict[int, Boundary]]:
-    """While a forward runs, keep what has left that many layers, by depth. Tensors are copies on their device."""
+    """While a forward runs, keep what has left that many layers, by depth. Tensors are copies on their device.
+
+    Nothing is kept of layers that this thread calls more than once, nor of what other threads do meanwhile.
+    """
     found: dict[int, Boundary] = {}
+    calls = dict.fromkeys(depths, 0)
 
     def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            aside = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict) and value}
-            found[depth] = Boundary(*pytree.tree_map(_copied, (output, aside)))
+            calls[depth] += 1
+            found.pop(depth, None)
+            if calls[depth] == 1:
+                aside = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict) and value}
+                found[depth] = Boundary(*pytree.tree_map(_copied, (output, aside)))
 
         return hook
 
-    hooks = [layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True) for depth in depths]
+    hooks = [layers[depth - 1].register_forward_hook(of_this_thread(keep(depth)), with_kwargs=True) for depth in depths]
     try:
         yield found
     finally:
@@ -181,21 +189,33 @@ def capturing(layers: Sequence[nn.Module], depths: Sequence[int]) -> Iterator[di
 
 @contextlib.contextmanager
 def resuming(layers: Sequence[nn.Module], depth: int, boundary: Boundary) -> Iterator[None]:
-    """While a forward runs, its first ``depth`` layers do nothing, and ``boundary`` leaves the last of them."""
+    """While a forward of this thread runs, its first ``depth`` layers do nothing, and ``boundary`` leaves the last of them.
+
+    Raises:
+        RuntimeError: they were not called once each.
+    """
     nothing = pytree.tree_map(lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf, boundary.output)
-
-    def skipped(*args: Any, **kwargs: Any) -> Any:
-        return nothing
-
-    def resumed(*args: Any, **kwargs: Any) -> Any:
-        for name, kept in boundary.aside.items():
-            kwargs[name].update(kept)
-        return boundary.output
-
+    mine, calls = threading.get_ident(), [0] * depth
     before = [layer.__dict__.get("forward") for layer in layers[:depth]]
+
+    def standing_in(number: int) -> Callable[..., Any]:
+        layer, own = layers[number], before[number]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != mine:  # somebody else's forward, which is none of our business
+                return type(layer).forward(layer, *args, **kwargs) if own is None else own(*args, **kwargs)
+            calls[number] += 1
+            if number < depth - 1:
+                return nothing
+            for name, kept in boundary.aside.items():
+                kwargs[name].update(kept)
+            return boundary.output
+
+        return forward
+
     try:
         for number, layer in enumerate(layers[:depth]):
-            layer.__dict__["forward"] = resumed if number == depth - 1 else skipped
+            layer.__dict__["forward"] = standing_in(number)
         yield
     finally:
         for layer, forward in zip(layers, before, strict=False):
@@ -203,6 +223,19 @@ def resuming(layers: Sequence[nn.Module], depth: int, boundary: Boundary) -> Ite
                 layer.__dict__.pop("forward", None)
             else:
                 layer.__dict__["forward"] = forward
+    if calls != [1] * depth:
+        raise RuntimeError(f"the first {depth} layers were called {calls} times")
+
+
+def of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that sees what this thread does alone: others may be asking the same model."""
+    mine = threading.get_ident()
+
+    def seen(*args: Any) -> None:
+        if threading.get_ident() == mine:
+            hook(*args)
+
+    return seen
 
 
 def _copied(leaf: Any) -> Any:
