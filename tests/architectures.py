@@ -47,6 +47,8 @@ NOT_MADE = frozenset(
     "recurrent_gemma reformer roc_bert xlm xlstm xmod zamba zamba2".split()
 )
 """Not made tiny by the sizes above: each would need a configuration of its own."""
+ALONE = frozenset(("deepseek_v4", "minimax_m3_vl_text"))
+"""Their files add to transformers' own tables when they are imported: to whoever comes after that is another library."""
 REFUSED = {"hrm_text": "called once each", "rwkv": ""}
 """Names → what is said. Layers of the first are called in a loop; the second rescales all weights before its first layer."""
 
