@@ -261,6 +261,7 @@ def test_each_part_of_a_4_bit_weight_counts(asked_before: bool, tmp_path: Path) 
 # --- settings ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.campaign  # quanto computes for most of a minute
 def test_a_quantised_cache_reaches_into_padding(tmp_path: Path) -> None:
     settings = {
         "cache_implementation": "quantized",
