@@ -33,7 +33,7 @@ from evalcache.records import Result
 
 FULL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16, "vocab_size": 8192}
 QUICK = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 2048}
-TOKENS, ROWS, TURNS = 64, 8, 3
+TOKENS, ROWS, TURNS = 64, 32, 2
 
 
 def make_model(settings: dict[str, int]) -> LlamaForCausalLM:
