@@ -24,6 +24,7 @@ from opened import Opened, needs_inotify
 import evalcache
 from evalcache.code import ORIGINAL
 from evalcache.integrations.clients import LM_EVAL
+from evalcache.session import current
 from evalcache.store import Store
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm-eval])")
@@ -31,6 +32,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (llm-evalcache[lm
 from harness_client import Here, assert_same, evaluate, with_tasks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,22 @@ def test_another_model_under_the_same_name_is_another_model(here: Here, store_fo
     results, told = run(here, store_folder, place)
     assert told.hits == 0
     assert_same(answers(results), answers(bare))
+
+
+def test_a_model_with_another_last_norm_runs_what_lies_above_its_layers(here: Here, store_folder: Path, tmp_path: Path) -> None:
+    tasks = ("tiny_mc", "tiny_ppl")
+    place = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(here.model, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(shutil.copytree(here.model, place))
+    bare = evaluate(here, place, tasks=tasks)
+    for folder in (here.model, place):
+        with cached(store_folder, components=True):
+            results = evaluate(here, folder, tasks=tasks)
+            told = current().cache.counts.components
+    assert_same(answers(results), answers(bare))
+    assert told.resumed > 0 and told.whole == 0 and not told.refused
 
 
 class Halved(HFLM):
