@@ -251,7 +251,30 @@ class _Kept:
             self.layer.__dict__["forward"] = self.before
 
 
-def test_a_model_that_passes_its_layers_by_is_found_out(tmp_path: Path) -> None:
+class HeadFirst(LlamaForCausalLM):
+    """What goes into the layers depends on the head, for rows in which a certain token stands."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        embedded = self.model.embed_tokens(input_ids)
+        if (marked := (input_ids == 150).any(dim=1)).any():
+            embedded = embedded + marked[:, None, None] * self.lm_head.weight[7, 0]
+        return super().forward(inputs_embeds=embedded, **kwargs)
+
+
+def test_code_of_ones_own_is_refused_for_what_it_uses_may_depend_on_the_row(tmp_path: Path) -> None:
+    model, cache = llama(HeadFirst), cache_in(tmp_path / "cache")
+    plain, marked = [([5, 6, n], [7]) for n in range(3, 9)], [([5, 150, n], [7]) for n in range(3, 9)]
+    for asked in (plain, marked):
+        ask(cache, model, asked)
+    with edited(model.lm_head.weight):
+        for asked in (plain, marked):
+            assert ask(cache, model, asked)[:2] == (bare(model, tmp_path, asked), 0)
+    assert "code of one's own: HeadFirst" in cache.counts.components.refused
+    cache.close()
+
+
+def test_a_model_that_passes_its_layers_by_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalcache.integrations.reuse._is_known", lambda cls: True)
     model, cache = llama(Skipping), cache_in(tmp_path / "cache")
     ask(cache, model)
     with edited(model.lm_head.weight), pytest.warns(EvalCacheWarning, match="does not equal the whole one"):

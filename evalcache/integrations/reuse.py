@@ -20,7 +20,7 @@ from torch import nn
 from evalcache.amounts import parse_bytes
 from evalcache.cache import Cache
 from evalcache.canonical import decode, digest_canonical, encode_canonical
-from evalcache.code import version_of
+from evalcache.code import is_library_class, version_of
 from evalcache.components import Stack, chain, made_of, shared_depth
 from evalcache.digest import Digest
 from evalcache.environment import device_name
@@ -340,6 +340,9 @@ def _look_at(model: nn.Module, forward: Forward) -> Kind:
         raise UncacheableError("components", "compiled, or in parallel")
     if any(vars(module).get("_compiled_call_impl") is not None for module in model.modules()):
         raise UncacheableError("components", "compiled in place")
+    if own := [type(module).__qualname__ for module in model.modules() if not _is_known(type(module))]:
+        # It may use a head below the layers for some rows, and not for those of the trace.
+        raise UncacheableError("components", f"code of one's own: {own[0]}")
     device = next(model.parameters()).device
     ids = torch.arange(3, 3 + _OUTLINE_TOKENS, device=device).reshape(2, _OUTLINE_TOKENS // 2)
     mask = torch.ones_like(ids)
@@ -355,6 +358,11 @@ def _look_at(model: nn.Module, forward: Forward) -> Kind:
             if not isinstance(leaf, (torch.Tensor, int, float, bool, str, type(None))):
                 raise UncacheableError("components", f"layer {depth} returns a {type(leaf).__name__}")
     return Kind(stack, kept)
+
+
+def _is_known(cls: type) -> bool:
+    """Whether a module's class comes from a library: which of its parts a row needs does not depend on the row."""
+    return is_library_class(cls)
 
 
 def _shape_of(model: nn.Module, manifest: Manifest, environment: Environment) -> Digest:
